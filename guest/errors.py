@@ -1,0 +1,50 @@
+"""Errors: the class says whose fault, the message says what, where, found, expected, and by which source.
+
+``FormatError``  bytes from outside do not follow their layout or specification;
+``MemoryFault``  the guest touched memory that it may not touch, and died of it;
+``GuestPanic``   the guest stopped with words of its own.
+
+Wrong use of our own functions is a plain ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class BootError(Exception):
+    """Base class of everything that ends a boot or refuses an input; never raised itself."""
+
+
+class FormatError(BootError):
+    """Bytes that do not follow their layout or specification.
+
+    ``at`` is the offset or guest physical address of the first byte in question.
+    """
+
+    def __init__(self, what: str, *, at: int, found: object, expected: object, source: str) -> None:
+        self.what, self.at, self.found, self.expected, self.source = what, at, found, expected, source
+        super().__init__(f"{what} at {at:#x}: found {found}, expected {expected} [{source}]")
+
+
+class MemoryFault(BootError):
+    """A guest access that the platform does not complete: the guest is dead.
+
+    ``gpa`` is the first address that could not be accessed, ``size`` the bytes of the whole access from
+    ``start``; ``kind`` is ``read`` or ``write``; ``state`` names the page's state; ``end`` says how the guest
+    died (``EPT violation, TD exit`` or ``#VE``).
+    """
+
+    def __init__(self, *, stage: str, gpa: int, start: int, size: int, kind: str, state: str, end: str) -> None:
+        self.stage, self.gpa, self.start, self.size = stage, gpa, start, size
+        self.kind, self.state, self.end = kind, state, end
+        super().__init__(
+            f"{stage}: {kind} of {size} bytes at {start:#x} touched page {gpa & ~0xFFF:#x}: "
+            f"found {state}, expected accepted private memory; the guest died [{end}]"
+        )
+
+
+class GuestPanic(BootError):
+    """The guest stopped itself; ``text`` is what it printed, without the line end."""
+
+    def __init__(self, stage: str, text: str) -> None:
+        self.stage, self.text = stage, text
+        super().__init__(f"{stage}: {text}")

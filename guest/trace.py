@@ -1,0 +1,89 @@
+"""What happened, in order: typed events with the stage and the virtual time at which they happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from guest.clock import VirtualClock
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base class of all events. An event's name is its class name."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def as_dict(self) -> dict[str, object]:
+        """The event's fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class StageBegin(Event):
+    """A stage was entered; its name is the record's stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageEnd(Event):
+    """A stage handed over to the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Print(Event):
+    """A line that the stage put out: on the console before the kernel runs, into the log afterwards."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Event):
+    """A fact that the real stage would not print but that its reader wants: a choice, a size, an address."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceCall(Event):
+    """A call through a function pointer of the firmware: arguments as passed, status as returned."""
+
+    service: str
+    args: tuple[int, ...]
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event with its number, stage and virtual time in nanoseconds."""
+
+    number: int
+    stage: str
+    ns: int
+    event: Event
+
+
+class Trace:
+    """The list that everything appends to.
+
+    ``watchers`` are called with each record right after it was added; a debugger stops there.
+    """
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self.stage = "none"
+        self.records: list[Record] = []
+        self.watchers: list[Callable[[Record], None]] = []
+
+    @property
+    def count(self) -> int:
+        """Number of events so far, which is also the number of the next one."""
+        return len(self.records)
+
+    def add(self, event: Event) -> None:
+        """Append ``event`` under the current stage and time."""
+        record = Record(len(self.records), self.stage, self._clock.ns, event)
+        self.records.append(record)
+        for watcher in self.watchers:
+            watcher(record)

@@ -1,0 +1,94 @@
+"""Sizes and page arithmetic. No other file spells such numbers out.
+
+Names as in the kernel: include/linux/sizes.h, include/linux/pfn.h, arch/x86/include/asm/page_types.h.
+"""
+
+from __future__ import annotations
+
+import re
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+PMD_SHIFT = 21
+PMD_SIZE = 1 << PMD_SHIFT
+PUD_SHIFT = 30
+PUD_SIZE = 1 << PUD_SHIFT
+
+SZ_64K = 1 << 16
+SZ_1M = 1 << 20
+SZ_2M = 1 << 21
+SZ_4M = 1 << 22
+SZ_16M = 1 << 24
+SZ_32M = 1 << 25
+SZ_64M = 1 << 26
+SZ_128M = 1 << 27
+SZ_1G = 1 << 30
+SZ_2G = 1 << 31
+SZ_4G = 1 << 32
+
+BITS_PER_BYTE = 8
+
+PHYSICAL_ADDRESS_BITS = 52
+PHYSICAL_ADDRESS_END = 1 << PHYSICAL_ADDRESS_BITS
+"""End of the guest physical address space, exclusive."""
+
+
+def PFN_DOWN(gpa: int) -> int:
+    """Number of the page frame that holds ``gpa``."""
+    return gpa >> PAGE_SHIFT
+
+
+def PFN_UP(gpa: int) -> int:
+    """Number of the first page frame that starts at or above ``gpa``."""
+    return (gpa + PAGE_SIZE - 1) >> PAGE_SHIFT
+
+
+def PFN_PHYS(pfn: int) -> int:
+    """Guest physical address of page frame ``pfn``."""
+    return pfn << PAGE_SHIFT
+
+
+def round_down(value: int, step: int) -> int:
+    """Largest multiple of ``step`` that is not above ``value``."""
+    return value // step * step
+
+
+def round_up(value: int, step: int) -> int:
+    """Smallest multiple of ``step`` that is not below ``value``."""
+    return -(-value // step) * step
+
+
+def DIV_ROUND_UP(value: int, divisor: int) -> int:
+    """``value / divisor``, rounded up."""
+    return -(-value // divisor)
+
+
+_MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kKmMgGtTpPeE]?)")
+
+
+def memparse(text: str) -> tuple[int, str]:
+    """Read a number with an optional suffix K, M, G, T, P or E; return it and the text that is left.
+
+    A number is decimal, hexadecimal (``0x``) or octal (leading ``0``), as ``simple_strtoull`` has it.
+    Text that does not start with a number gives 0 and the whole text, so that the caller can refuse it.
+    Source: lib/cmdline.c, memparse().
+    """
+    match = _MEMPARSE.match(text)
+    if match is None:
+        return 0, text
+    digits, suffix = match.groups()
+    octal = len(digits) > 1 and digits[0] == "0" and digits[1] not in "xX"
+    if octal and not all(c in "01234567" for c in digits):
+        return 0, text
+    number = int(digits, 8 if octal else 0)
+    if suffix:
+        number <<= 10 * (1 + "kmgtpe".index(suffix.lower()))
+    return number & (1 << 64) - 1, text[match.end() :]
+
+
+def size_text(size: int) -> str:
+    """``size`` in bytes with the largest binary unit that divides it, for people: ``4 GiB``, ``12 KiB``."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and size % (1 << shift) == 0:
+            return f"{size >> shift} {unit}"
+    return f"{size} B"
