@@ -1,0 +1,82 @@
+"""The guest's side of TDX: finding out that this is a TD, and accepting memory.
+
+One loop for firmware, EFI stub, decompressor and kernel, as in Linux (arch/x86/coco/tdx/tdx-shared.c, which the
+boot stub includes). The calls are those that the loop would make page by page; equal ones go out as one run.
+"""
+
+from __future__ import annotations
+
+from guest.machine import Machine
+from guest.registers import Registers
+from guest.units import round_up
+from tdx.leaves import EXPOSE_R10_R15, Leaf, SubFunction, VmCallStatus
+from tdx.sept import LEVEL_1G, LEVEL_2M, LEVEL_4K, LEVEL_SIZE
+
+TDX_CPUID_LEAF_ID = 0x21
+TDX_IDENT = b"IntelTDX    "
+
+
+def tdx_guest_detected(machine: Machine) -> bool:
+    """True if CPUID says that this is a TD (arch/x86/boot/compressed/tdx.c, early_tdx_detect())."""
+    if machine.platform.cpuid(0)[0] < TDX_CPUID_LEAF_ID:
+        return False
+    _, ebx, ecx, edx = machine.platform.cpuid(TDX_CPUID_LEAF_ID)
+    return b"".join(reg.to_bytes(4, "little") for reg in (ebx, edx, ecx)) == TDX_IDENT
+
+
+def tdx_cc_mask(machine: Machine) -> int:
+    """The shared bit, from TDG.VP.INFO: the highest bit of the guest physical address width."""
+    regs = Registers(rax=Leaf.TDG_VP_INFO)
+    machine.platform.tdcall(regs)
+    return 1 << (regs.rcx & 0x3F) - 1
+
+
+def tdx_map_gpa(machine: Machine, start: int, end: int) -> bool:
+    """One TDG.VP.VMCALL<MapGPA> for the whole range, without a retry, as v9 does; True if it succeeded."""
+    regs = Registers(
+        rax=Leaf.TDG_VP_VMCALL, rcx=EXPOSE_R10_R15, r11=SubFunction.MapGPA, r12=start, r13=end - start
+    )
+    machine.platform.tdcall(regs)
+    return regs.rax == 0 and regs.r10 == VmCallStatus.SUCCESS
+
+
+def tdx_accept_memory_v9(machine: Machine, start: int, end: int) -> bool:
+    """Ask the host to make ``[start, end)`` private, then accept it: 1 GiB, else 2 MiB, else 4 KiB pages.
+
+    False if the host refused or a 4 KiB page was refused. Source: v9 14/14, tdx_accept_memory().
+    """
+    return tdx_map_gpa(machine, start, end) and accept_pages(machine, start, end, (LEVEL_1G, LEVEL_2M, LEVEL_4K))
+
+
+def accept_pages(machine: Machine, start: int, end: int, levels: tuple[int, ...]) -> bool:
+    """Accept ``[start, end)`` with the largest page that fits, trying ``levels`` from left to right.
+
+    After each page the largest level is tried first again; a refusal, whatever its status, falls to the next
+    level at the same place. False if the last level was refused; what came before stays accepted.
+    """
+    gpa = start
+    while gpa < end:
+        for at, level in enumerate(levels):
+            count = _tries(gpa, end, level, levels[at - 1] if at else None)
+            if count == 0:
+                continue
+            regs = Registers(rax=Leaf.TDG_MEM_PAGE_ACCEPT, rcx=gpa | level)
+            done = machine.platform.tdcall_run(regs, LEVEL_SIZE[level], count)
+            gpa += done * LEVEL_SIZE[level]
+            if done == count:
+                break
+        else:
+            return False
+    return True
+
+
+def _tries(gpa: int, end: int, level: int, larger: int | None) -> int:
+    """How many pages of ``level`` come one after the other before a ``larger`` page would be tried again."""
+    size = LEVEL_SIZE[level]
+    if gpa % size or end - gpa < size:
+        return 0
+    if larger is not None:
+        turn = round_up(gpa + 1, LEVEL_SIZE[larger])
+        if end - turn >= LEVEL_SIZE[larger]:
+            return (turn - gpa) // size
+    return (end - gpa) // size

@@ -1,0 +1,48 @@
+"""Numbers of the guest-side interface: TDCALL leaves, TDG.VP.VMCALL sub-functions, and their status codes.
+
+Sources: Intel TDX Module 1.5 ABI (TDG.* leaves); Intel Guest-Host Communication Interface (sub-functions).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Leaf(IntEnum):
+    """TDCALL leaf, RAX bits 15:0."""
+
+    TDG_VP_VMCALL = 0
+    """RCX = mask of exposed registers; R10 = 0, R11 = sub-function, R12..R15 = arguments."""
+    TDG_VP_INFO = 1
+    """Out: RCX = GPA width, RDX = ATTRIBUTES, R8 = VCPUs (31:0 number, 63:32 maximum), R9 = VCPU index."""
+    TDG_MEM_PAGE_ACCEPT = 6
+    """In: RCX = GPA | level (0 = 4 KiB, 1 = 2 MiB). Out: RAX only."""
+
+    @property
+    def spec_name(self) -> str:
+        """As the specification writes it: ``TDG.MEM.PAGE.ACCEPT``."""
+        return self.name.replace("_", ".")
+
+
+class SubFunction(IntEnum):
+    """TDG.VP.VMCALL sub-function, R11."""
+
+    MapGPA = 0x10001
+    """R12 = GPA (shared bit set: make shared), R13 = size in bytes. Out: R10 = status, R11 = failing GPA."""
+    GetTdVmCallInfo = 0x10000
+    """R12 = 0. Out: R10 = status, R11..R14 = 0: the base sub-functions are there."""
+
+
+class VmCallStatus(IntEnum):
+    """TDG.VP.VMCALL status, R10 out."""
+
+    SUCCESS = 0
+    RETRY = 1
+    INVALID_OPERAND = 0x8000_0000_0000_0000
+    GPA_INUSE = 0x8000_0000_0000_0001
+    ALIGN_ERROR = 0x8000_0000_0000_0002
+    SUBFUNC_UNSUPPORTED = 0x8000_0000_0000_0003
+
+
+EXPOSE_R10_R15 = 0xFC00
+"""RCX mask of a TDG.VP.VMCALL that shows the host R10 to R15 and nothing else."""

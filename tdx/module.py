@@ -1,0 +1,184 @@
+"""The TDX module as the guest meets it: called with registers, it answers with registers.
+
+It knows Secure EPT and the host, and nothing of Linux. Source: Intel TDX Module 1.5, TDG.* leaf functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guest.clock import CostTable, VirtualClock
+from guest.errors import MemoryFault
+from guest.memory import AccessKind, PhysicalMemory
+from guest.registers import Registers
+from guest.trace import Trace
+from guest.units import PAGE_SIZE
+from tdx.events import TdCall
+from tdx.leaves import Leaf
+from tdx.sept import LEVEL_2M, LEVEL_SIZE, SecureEpt, SeptState
+from tdx.status import (
+    OPERAND_ID_RAX,
+    OPERAND_ID_RCX,
+    TDX_OPERAND_INVALID,
+    TDX_PAGE_ALREADY_ACCEPTED,
+    TDX_PAGE_SIZE_MISMATCH,
+    TDX_SUCCESS,
+)
+from tdx.vmm import Host
+
+_VMCALL_REGISTERS = {2: "rdx", 3: "rbx", 5: "rbp", 6: "rsi", 7: "rdi"} | {n: f"r{n}" for n in range(8, 16)}
+_VMCALL_MASK_FORBIDDEN = ~0xFFFF_FFFF | 1 << 0 | 1 << 1 | 1 << 4  # above 31; RAX, RCX, RSP
+
+
+@dataclass(frozen=True, slots=True)
+class TdConfig:
+    """What the host fixed when it created the TD.
+
+    ``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit.
+    ``sept_ve_disable``: a touch of unaccepted memory exits to the host; if False, it raises #VE in the guest.
+    """
+
+    gpaw: int = 52
+    sept_ve_disable: bool = True
+    vcpus: int = 1
+
+    @property
+    def shared_mask(self) -> int:
+        return 1 << (self.gpaw - 1)
+
+    @property
+    def attributes(self) -> int:
+        return self.sept_ve_disable << 28
+
+
+class TdxModule:
+    """The platform under a TD: gate of its memory, CPUID, TDCALL."""
+
+    def __init__(
+        self, physical: PhysicalMemory, sept: SecureEpt, host: Host, trace: Trace, clock: VirtualClock,
+        costs: CostTable, config: TdConfig,
+    ) -> None:  # fmt: skip
+        self._physical, self._sept, self._host = physical, sept, host
+        self._trace, self._clock, self._costs = trace, clock, costs
+        self._config = config
+
+    def admit(self, gpa: int, size: int, kind: AccessKind) -> tuple[int, int]:
+        """The mapped run around a private access. Anything that is not MAPPED is fatal to the guest."""
+        end, at = gpa + size, gpa
+        while True:
+            _, reached, entry = self._sept.run_at(at)
+            if entry.state is not SeptState.MAPPED:
+                break
+            if reached >= end:
+                return gpa, reached
+            at = reached
+        in_guest = entry.state is SeptState.PENDING and not self._config.sept_ve_disable
+        raise MemoryFault(
+            stage=self._trace.stage, gpa=at, start=gpa, size=size, kind=kind, state=self._state_text(at),
+            end="#VE" if in_guest else "EPT violation, TD exit",
+        )  # fmt: skip
+
+    def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
+        """The leaves by which a guest recognises TDX; all others answer zero."""
+        if leaf == 0:
+            return 0x21, 0x756E6547, 0x6C65746E, 0x49656E69  # GenuineIntel
+        if leaf == 1:
+            return 0x000C06F2, 0, 1 << 31, 0  # Sapphire Rapids; ECX[31]: a hypervisor is present
+        if leaf == 0x21 and subleaf == 0:
+            return 0, 0x65746E49, 0x20202020, 0x5844546C  # "IntelTDX    " in EBX, EDX, ECX
+        return 0, 0, 0, 0
+
+    def tdcall(self, regs: Registers) -> None:
+        """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
+        if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT:
+            self.tdcall_run(regs, 0, 1)
+            return
+        rcx, selector = regs.rcx, regs.rax
+        self._clock.advance(self._costs.tdcall)
+        if selector == Leaf.TDG_VP_VMCALL:
+            regs.rax = self._vp_vmcall(regs)
+        elif selector == Leaf.TDG_VP_INFO:
+            regs.rax = self._vp_info(regs)
+        else:
+            regs.rax = TDX_OPERAND_INVALID | OPERAND_ID_RAX
+            self._trace.add(TdCall(f"leaf {selector:#x}", rcx, regs.rax, 1))
+            return
+        self._trace.add(TdCall(Leaf(selector).spec_name, rcx, regs.rax, 1))
+
+    def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
+        """TDCALL up to ``count`` times with RCX growing by ``step``, while it succeeds; see ``Platform``."""
+        rcx, level = regs.rcx, regs.rcx & 7
+        if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
+            raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
+        done, status = self._mem_page_accept(rcx, count)
+        name = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
+        if done:
+            self._trace.add(TdCall(name, rcx, TDX_SUCCESS, done))
+        if status != TDX_SUCCESS:
+            self._trace.add(TdCall(name, rcx + done * step, status, 1))
+        calls = done + (status != TDX_SUCCESS)
+        pages = done * LEVEL_SIZE[level] // PAGE_SIZE if done else 0
+        self._clock.advance(calls * self._costs.tdcall + pages * self._costs.zero_4k)
+        regs.rax, regs.rcx = status, rcx + step * (calls - 1)
+        return done
+
+    def _mem_page_accept(self, rcx: int, count: int) -> tuple[int, int]:
+        """Accept up to ``count`` pages: how many succeeded, and the last status."""
+        gpa, level = rcx & ~0xFFF, rcx & 7
+        invalid = TDX_OPERAND_INVALID | OPERAND_ID_RCX
+        if rcx & 0xFF8 or level > LEVEL_2M or gpa % LEVEL_SIZE[level] or gpa >= self._config.shared_mask:
+            return 0, invalid
+        size = LEVEL_SIZE[level]
+        valid = min(count, (self._config.shared_mask - gpa) // size)
+        done, status = 0, TDX_SUCCESS
+        while done < valid and status == TDX_SUCCESS:
+            accepted, status = self._accept_some(gpa + done * size, level, valid - done)
+            done += accepted
+        return done, invalid if status == TDX_SUCCESS and done < count else status
+
+    def _accept_some(self, gpa: int, level: int, count: int) -> tuple[int, int]:
+        """Accept what is alike from ``gpa`` on. (0, TDX_SUCCESS) means: after a TD exit, look again."""
+        size = LEVEL_SIZE[level]
+        _, end, entry = self._sept.run_at(gpa)
+        alike = min(count, (end - gpa) // size)
+        if alike == 0:  # a 2 MiB entry that points to a table
+            return 0, TDX_PAGE_SIZE_MISMATCH | level
+        if entry.state is SeptState.FREE:
+            self._host.ept_violation(gpa, level, alike)
+            return 0, TDX_SUCCESS
+        if entry.level < level:
+            return 0, TDX_PAGE_SIZE_MISMATCH | level
+        if entry.state is SeptState.MAPPED:
+            return 0, TDX_PAGE_ALREADY_ACCEPTED | entry.level
+        if entry.level > level:
+            self._host.demote(gpa)
+            return 0, TDX_SUCCESS
+        self._sept.page_accept(gpa, gpa + alike * size, level)
+        self._physical.clear(gpa, gpa + alike * size)
+        return alike, TDX_SUCCESS
+
+    def _vp_info(self, regs: Registers) -> int:
+        """TDG.VP.INFO."""
+        regs.rcx, regs.rdx = self._config.gpaw, self._config.attributes
+        regs.r8, regs.r9 = self._config.vcpus << 32 | self._config.vcpus, 0
+        regs.r10, regs.r11 = 1, 0
+        return TDX_SUCCESS
+
+    def _vp_vmcall(self, regs: Registers) -> int:
+        """TDG.VP.VMCALL: the host sees the registers that RCX exposes, and may change only those."""
+        mask = regs.rcx
+        if mask & _VMCALL_MASK_FORBIDDEN:
+            return TDX_OPERAND_INVALID | OPERAND_ID_RCX
+        exposed = [name for bit, name in _VMCALL_REGISTERS.items() if mask >> bit & 1]
+        seen = Registers(**{name: getattr(regs, name) for name in exposed})
+        self._host.tdvmcall(seen)
+        for name in exposed:
+            setattr(regs, name, getattr(seen, name))
+        return TDX_SUCCESS
+
+    def _state_text(self, gpa: int) -> str:
+        """State of the page at ``gpa`` in words."""
+        entry = self._sept.run_at(gpa)[2]
+        if entry.state is SeptState.FREE and gpa not in self._host.ram:
+            return "no RAM"
+        return f"{entry.state.name} (not accepted)"

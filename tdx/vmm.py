@@ -1,0 +1,119 @@
+"""The untrusted host: it backs guest memory and answers TDG.VP.VMCALL.
+
+Sources: arch/x86/kvm/vmx/tdx.c (6.16); Intel Guest-Host Communication Interface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from guest.clock import CostTable, VirtualClock
+from guest.errors import MemoryFault
+from guest.memory import PhysicalMemory
+from guest.ranges import RangeSet
+from guest.registers import Registers
+from guest.trace import Trace
+from guest.units import PAGE_SIZE, PMD_SIZE
+from tdx.events import PageAdd, TdExit, TdVmCall
+from tdx.leaves import SubFunction, VmCallStatus
+from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt
+
+
+@dataclass(slots=True)
+class Host:
+    """A host with ``ram`` (guest physical ranges that it backs) and a Secure EPT to put pages into.
+
+    ``page_level`` is the largest page that it backs private memory with: 0 = 4 KiB (KVM up to 6.16),
+    1 = 2 MiB. Memory is backed on demand, when an access or an accept exits to the host.
+    """
+
+    physical: PhysicalMemory
+    sept: SecureEpt
+    trace: Trace
+    clock: VirtualClock
+    costs: CostTable
+    ram: RangeSet
+    page_level: int = LEVEL_2M
+    shared_mask: int = 1 << 51
+    shared: RangeSet = field(default_factory=RangeSet)
+
+    def page_add(self, gpa: int, data: bytes, size: int, what: str) -> None:
+        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD)."""
+        self.sept.page_add(gpa, gpa + size)
+        self.physical.write(gpa, data)
+        self.trace.add(PageAdd(gpa, gpa + size, what))
+
+    def ept_violation(self, gpa: int, level: int, count: int) -> None:
+        """Handle the exits of an accept of ``count`` pages of ``level`` from ``gpa`` on, all FREE.
+
+        Backs them all if the host has such pages and the memory; else backs the one page that faulted with
+        4 KiB. An address that is no RAM ends the guest.
+        """
+        size = LEVEL_SIZE[level]
+        backed = self._ram_pages(gpa, size, count) if level <= self.page_level else 0
+        if backed == 0:
+            if gpa not in self.ram:
+                raise MemoryFault(
+                    stage=self.trace.stage, gpa=gpa, start=gpa, size=size, kind="accept",
+                    state="no RAM", end="EPT violation, TD exit; the host has nothing to map",
+                )  # fmt: skip
+            level, size, backed = LEVEL_4K, PAGE_SIZE, 1
+        self.sept.page_aug(gpa, gpa + backed * size, level)
+        self._exits(gpa, level, backed)
+
+    def demote(self, gpa: int) -> None:
+        """Handle the exit of a 4 KiB accept inside a 2 MiB page: split the page."""
+        start = gpa - gpa % PMD_SIZE
+        self.sept.page_demote(start, start + PMD_SIZE)
+        self._exits(start, LEVEL_4K, 1)
+
+    def tdvmcall(self, regs: Registers) -> None:
+        """Answer TDG.VP.VMCALL. ``regs`` has only what the guest exposed; R10 and R11 are the answer."""
+        r12, r13, sub_function = regs.r12, regs.r13, regs.r11
+        name = f"{sub_function:#x}"
+        if regs.r10 != 0:
+            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
+        elif sub_function == SubFunction.MapGPA:
+            name = SubFunction.MapGPA.name
+            regs.r10, regs.r11 = self._map_gpa(r12, r13)
+        elif sub_function == SubFunction.GetTdVmCallInfo:
+            name = SubFunction.GetTdVmCallInfo.name
+            regs.r10 = regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
+        else:
+            regs.r10 = VmCallStatus.SUBFUNC_UNSUPPORTED
+        self.clock.advance(self.costs.tdvmcall)
+        self.trace.add(TdVmCall(name, r12, r13, regs.r10))
+
+    def _map_gpa(self, gpa: int, size: int) -> tuple[int, int]:
+        """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
+        start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
+        if end > self.shared_mask:
+            return VmCallStatus.INVALID_OPERAND, gpa
+        if gpa % PAGE_SIZE or size % PAGE_SIZE:
+            return VmCallStatus.ALIGN_ERROR, gpa
+        if gpa & self.shared_mask:
+            self.shared.add(start, end)
+        else:
+            self.shared.remove(start, end)
+        return VmCallStatus.SUCCESS, 0
+
+    def _ram_pages(self, gpa: int, size: int, count: int) -> int:
+        """How many of the ``count`` pages from ``gpa`` on lie wholly in RAM, without a gap."""
+        run = next(self.ram.within(gpa, gpa + count * size), None)
+        return run.size // size if run is not None and run.start == gpa else 0
+
+    def _exits(self, gpa: int, level: int, count: int) -> None:
+        self.clock.advance(count * self.costs.td_exit_aug)
+        self.trace.add(TdExit(gpa, level, count))
+
+
+def q35_ram(memory: int) -> RangeSet:
+    """Guest physical RAM of a q35 machine with ``memory`` bytes.
+
+    From 2816 MiB on, 2 GiB lie low and the rest starts at 4 GiB; below that, all lies low.
+    Source: QEMU hw/i386/pc_q35.c, pc_q35_init().
+    """
+    low_max, low = 0xB000_0000, 0x8000_0000
+    if memory < low_max:
+        return RangeSet([(0, memory)])
+    return RangeSet([(0, low), (1 << 32, (1 << 32) + memory - low)])
