@@ -1,0 +1,94 @@
+"""Words of the UEFI specification: status codes, GUIDs, memory types and attributes.
+
+Sources: UEFI 2.10, appendix D (status), section 7.2 (memory types); include/linux/efi.h for Linux's GUIDs.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from uuid import UUID
+
+_ERROR = 1 << 63
+
+
+class EfiStatus(IntEnum):
+    """EFI_STATUS, 64 bits; errors have the highest bit set."""
+
+    EFI_SUCCESS = 0
+    EFI_INVALID_PARAMETER = _ERROR | 2
+    EFI_UNSUPPORTED = _ERROR | 3
+    EFI_BUFFER_TOO_SMALL = _ERROR | 5
+    EFI_OUT_OF_RESOURCES = _ERROR | 9
+    EFI_NOT_FOUND = _ERROR | 14
+
+
+def status_name(status: int) -> str:
+    """Name of an EFI_STATUS, or the number."""
+    try:
+        return EfiStatus(status).name
+    except ValueError:
+        return f"{status:#x}"
+
+
+class EfiMemoryType(IntEnum):
+    """EFI_MEMORY_TYPE (UEFI 2.10, table 7.6)."""
+
+    EfiReservedMemoryType = 0
+    EfiLoaderCode = 1
+    EfiLoaderData = 2
+    EfiBootServicesCode = 3
+    EfiBootServicesData = 4
+    EfiRuntimeServicesCode = 5
+    EfiRuntimeServicesData = 6
+    EfiConventionalMemory = 7
+    EfiUnusableMemory = 8
+    EfiACPIReclaimMemory = 9
+    EfiACPIMemoryNVS = 10
+    EfiMemoryMappedIO = 11
+    EfiMemoryMappedIOPortSpace = 12
+    EfiPalCode = 13
+    EfiPersistentMemory = 14
+    EfiUnacceptedMemoryType = 15
+
+
+class EfiMemoryAttribute(IntFlag):
+    """Attribute field of EFI_MEMORY_DESCRIPTOR (UEFI 2.10, section 7.2.3)."""
+
+    EFI_MEMORY_UC = 1 << 0
+    EFI_MEMORY_WC = 1 << 1
+    EFI_MEMORY_WT = 1 << 2
+    EFI_MEMORY_WB = 1 << 3
+    EFI_MEMORY_UCE = 1 << 4
+    EFI_MEMORY_WP = 1 << 12
+    EFI_MEMORY_RP = 1 << 13
+    EFI_MEMORY_XP = 1 << 14
+    EFI_MEMORY_NV = 1 << 15
+    EFI_MEMORY_MORE_RELIABLE = 1 << 16
+    EFI_MEMORY_RO = 1 << 17
+    EFI_MEMORY_SP = 1 << 18
+    EFI_MEMORY_CPU_CRYPTO = 1 << 19
+    EFI_MEMORY_HOT_PLUGGABLE = 1 << 20
+    EFI_MEMORY_RUNTIME = 1 << 63
+
+
+CACHEABLE = 0xF
+"""UC, WC, WT and WB: what OVMF says of ordinary RAM."""
+
+
+class AllocateType(IntEnum):
+    """EFI_ALLOCATE_TYPE (UEFI 2.10, section 7.2.1)."""
+
+    AllocateAnyPages = 0
+    AllocateMaxAddress = 1
+    AllocateAddress = 2
+
+
+ACPI_20_TABLE_GUID = UUID("8868e871-e4f1-11d3-bc22-0080c73c8881")
+EFI_LOADED_IMAGE_PROTOCOL_GUID = UUID("5b1b31a1-9562-11d2-8e3f-00a0c969723b")
+EFI_LOAD_FILE2_PROTOCOL_GUID = UUID("4006c0c1-fcb3-403e-996d-4a6c8724e06d")
+LINUX_EFI_INITRD_MEDIA_GUID = UUID("5568e427-68fc-4f3d-ac74-ca555231cc68")
+
+
+def guid_bytes(guid: UUID) -> bytes:
+    """The 16 bytes of an EFI_GUID in memory: the first three fields little endian (UEFI 2.10, appendix A)."""
+    return guid.bytes_le

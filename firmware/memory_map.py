@@ -1,0 +1,107 @@
+"""The firmware's memory map: what each page is used for, and how pages are handed out.
+
+Policy as in edk2 (MdeModulePkg/Core/Dxe/Mem/Page.c): the highest fitting address wins, neighbours of one type and
+attribute are one descriptor, and the map key changes with every change of the map. Ranges that the page allocator
+does not own (MMIO, unaccepted memory) are listed behind it, as GetMemoryMap() walks the GCD map last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from firmware.efi_types import CACHEABLE, EfiMemoryAttribute, EfiMemoryType
+from firmware.memory_descriptor import MemoryDescriptor
+from guest.ranges import Range, RangeMap
+from guest.units import PAGE_SIZE, round_down, round_up
+
+_RUNTIME_TYPES = (EfiMemoryType.EfiRuntimeServicesCode, EfiMemoryType.EfiRuntimeServicesData)
+
+
+class Use(NamedTuple):
+    """What a page is used for: EFI_MEMORY_TYPE and attribute."""
+
+    type: int
+    attribute: int
+
+
+class MemoryMap:
+    """The pages that the allocator owns, in ``regions``, and fixed descriptors behind them.
+
+    A region is listed on its own: a descriptor never reaches over its border, and regions keep their order.
+    """
+
+    def __init__(self, owned: Iterable[MemoryDescriptor], fixed: Iterable[MemoryDescriptor]) -> None:
+        self._uses: RangeMap[Use | None] = RangeMap(None)
+        self._regions: list[Range] = []
+        self._fixed = list(fixed)
+        self.key = 1
+        for d in owned:
+            self._regions.append(Range(d.start, d.end))
+            self._uses.assign(d.start, d.end, Use(d.type, d.attribute))
+
+    def descriptors(self) -> list[MemoryDescriptor]:
+        """The map as GetMemoryMap() lists it."""
+        owned = [
+            MemoryDescriptor.of_range(use.type, start, end, use.attribute)
+            for region in self._regions
+            for start, end, use in self._uses.runs(*region)
+            if use is not None
+        ]
+        return owned + self._fixed
+
+    def allocate(self, type: int, size: int, below: int, align: int = PAGE_SIZE) -> int | None:
+        """Take whole pages for ``size`` bytes with the highest address whose end is not above ``below``.
+
+        Returns the address, or None if no free range fits. The map is unchanged then.
+        """
+        size = round_up(size, PAGE_SIZE)
+        best = None
+        for region in self._regions:
+            for start, end, use in self._uses.runs(*region):
+                if use is None or use.type != EfiMemoryType.EfiConventionalMemory:
+                    continue
+                address = round_down(min(end, below) - size, align)
+                if address >= start and (best is None or address > best):
+                    best = address
+        if best is not None:
+            self._convert(best, best + size, type)
+        return best
+
+    def allocate_at(self, type: int, start: int, size: int) -> bool:
+        """Take the pages of ``[start, start + size)``; False, and no change, unless all of them are free."""
+        end = start + round_up(size, PAGE_SIZE)
+        if start % PAGE_SIZE or not self._all_free(start, end):
+            return False
+        self._convert(start, end, type)
+        return True
+
+    def free(self, start: int, size: int) -> bool:
+        """Give pages back; False, and no change, if one of them is not allocated."""
+        end = start + round_up(size, PAGE_SIZE)
+        uses = [use for _, _, use in self._uses.runs(start, end)]
+        if start % PAGE_SIZE or any(u is None or u.type == EfiMemoryType.EfiConventionalMemory for u in uses):
+            return False
+        self._convert(start, end, EfiMemoryType.EfiConventionalMemory)
+        return True
+
+    def find(self, type: int, size: int) -> int | None:
+        """Start of the first range of ``type`` that has ``size`` bytes, or None."""
+        for d in self.descriptors():
+            if d.type == type and d.end - d.start >= size:
+                return d.start
+        return None
+
+    def _all_free(self, start: int, end: int) -> bool:
+        free = EfiMemoryType.EfiConventionalMemory
+        return all(use is not None and use.type == free for _, _, use in self._uses.runs(start, end))
+
+    def _convert(self, start: int, end: int, type: int) -> None:
+        """Change the type of allocator memory; attributes stay, but RUNTIME follows the type."""
+        for low, high, use in list(self._uses.runs(start, end)):
+            attribute = use.attribute if use else CACHEABLE
+            attribute &= ~EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            if type in _RUNTIME_TYPES:
+                attribute |= EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            self._uses.assign(low, high, Use(type, int(attribute)))
+        self.key += 1
