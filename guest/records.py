@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import struct
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import construct as c
 
 from guest.errors import FormatError
 from guest.memory import GuestMemory
 
-Layout = c.Construct[Any, Any]
+Layout: TypeAlias = "c.Construct[Any, Any]"  # construct itself knows no parameters
 
 
 def bare(sub: Layout) -> Layout:
