@@ -16,7 +16,7 @@ import construct as c
 from guest.errors import FormatError
 from guest.memory import GuestMemory
 
-Layout: TypeAlias = "c.Construct[Any, Any]"
+Layout: TypeAlias = "c.Construct[Any, Any]"  # construct itself knows no parameters
 
 
 def bare(sub: Layout) -> Layout:

@@ -1,0 +1,1 @@
+"""From the EFI entry point to the kernel's entry: boot_params, the EFI stub, the decompressor."""

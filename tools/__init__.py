@@ -1,0 +1,1 @@
+"""Command line: the only place with files, terminals and argument parsing."""
