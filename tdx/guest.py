@@ -80,3 +80,25 @@ def _tries(gpa: int, end: int, level: int, larger: int | None) -> int:
         if end - turn >= LEVEL_SIZE[larger]:
             return (turn - gpa) // size
     return (end - gpa) // size
+
+
+class PlatformAccept:
+    """``__accept_memory()`` of one stage: it finds out at its first use which platform it runs on.
+
+    Sources: v9 08/14 and 14/14, arch/x86/boot/compressed/mem.c and arch/x86/mm/unaccepted_memory.c.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._tdx: bool | None = None
+
+    def __call__(self, start: int, end: int) -> None:
+        """Accept ``[start, end)``, or stop the stage with the kernel's words."""
+        if self._tdx is None:
+            self._tdx = tdx_guest_detected(self._machine)
+            if self._tdx:
+                tdx_cc_mask(self._machine)
+        if not self._tdx:
+            raise self._machine.panic("Cannot accept memory: unknown platform")
+        if not tdx_accept_memory_v9(self._machine, start, end):
+            raise self._machine.panic(f"Accepting memory failed: {start:#x}-{end:#x}")
