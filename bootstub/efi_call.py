@@ -84,7 +84,7 @@ class EfiCalls:
         return self.memory.read_uint(self._scratch + 8 * number, 8)
 
     def bytes_at_scratch(self, data: bytes, behind: int = 0) -> int:
-        """Store ``data`` after the slots, ``behind`` bytes further on; up to 256 bytes in all. Returns its address."""
+        """Store ``data`` after the slots, ``behind`` bytes further on, 256 bytes at most; returns its address."""
         at = self._scratch + 8 * _SLOTS + behind
         self.memory.write(at, data)
         return at

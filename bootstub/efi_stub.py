@@ -13,6 +13,7 @@ from bootstub.exit_boot import ExitBoot
 from bootstub.protocol import Protocol
 from bootstub.setup_header import BOOT_FLAG, EFI_STUB_LOADER, HEADER_MAGIC, SETUP_HEADER, SETUP_HEADER_OFFSET
 from firmware.efi_types import (
+    EFI_GLOBAL_VARIABLE_GUID,
     EFI_LOAD_FILE2_PROTOCOL_GUID,
     EFI_LOADED_IMAGE_PROTOCOL_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
@@ -33,7 +34,7 @@ COMMAND_LINE_SIZE = 2048
 SECTOR = 512
 STARTUP_64_OFFSET = 0x200
 """startup_64 lies this far behind startup_32, the start of the protected-mode code (boot.rst)."""
-EFI_SECURE_BOOT_DISABLED = 2
+EFI_SECURE_BOOT_UNKNOWN, EFI_SECURE_BOOT_DISABLED, EFI_SECURE_BOOT_ENABLED = 1, 2, 3
 
 _MAX_PHYSICAL = 1 << 46
 _MAX_LOAD_OPTIONS = 1 << 20
@@ -180,8 +181,20 @@ class _Stub:
         return GuestRecord(self._memory, interface, EFI_LOAD_FILE2_PROTOCOL), rest
 
     def _secure_boot(self) -> int:
-        """efi_get_secureboot(), as far as it goes without variables: none means disabled."""
-        name = self._efi.bytes_at_scratch("SecureBoot\0".encode("utf-16-le"))
+        """efi_get_secureboot(): by the variables SecureBoot and SetupMode; a missing variable means disabled."""
+        status, secure_boot = self._variable("SecureBoot")
+        if status == EfiStatus.EFI_SUCCESS:
+            status, setup_mode = self._variable("SetupMode")
+        if status == EfiStatus.EFI_NOT_FOUND:
+            return EFI_SECURE_BOOT_DISABLED
+        if status != EfiStatus.EFI_SUCCESS:
+            return EFI_SECURE_BOOT_UNKNOWN
+        return EFI_SECURE_BOOT_ENABLED if secure_boot and not setup_mode else EFI_SECURE_BOOT_DISABLED
+
+    def _variable(self, name: str) -> tuple[int, int]:
+        """Status and value of a global variable of one byte."""
+        text = (name + "\0").encode("utf-16-le")
+        name_at = self._efi.bytes_at_scratch(text)
+        vendor = self._efi.bytes_at_scratch(guid_bytes(EFI_GLOBAL_VARIABLE_GUID), behind=len(text))
         size, data = self._efi.slot(1, 1), self._efi.slot(2)
-        self._efi.runtime("GetVariable", name, 0, 0, size, data)
-        return EFI_SECURE_BOOT_DISABLED
+        return self._efi.runtime("GetVariable", name_at, vendor, 0, size, data), self._efi.load(2) & 0xFF
