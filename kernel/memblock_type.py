@@ -1,0 +1,146 @@
+"""One of memblock's two region arrays: ``struct memblock_type`` (include/linux/memblock.h, mm/memblock.c).
+
+Regions are sorted and never overlap. Regions that touch and have equal flags become one when an operation
+passes over them, as in the kernel; an operation elsewhere leaves them alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from enum import IntFlag
+from typing import NamedTuple
+
+PHYS_ADDR_MAX = (1 << 64) - 1
+
+
+class MemblockFlags(IntFlag):
+    """``enum memblock_flags``."""
+
+    MEMBLOCK_NONE = 0
+    MEMBLOCK_HOTPLUG = 1
+    MEMBLOCK_MIRROR = 2
+    MEMBLOCK_NOMAP = 4
+    MEMBLOCK_DRIVER_MANAGED = 8
+    MEMBLOCK_RSRV_NOINIT = 16
+
+
+class MemblockRegion(NamedTuple):
+    """``struct memblock_region``: the bytes ``[base, base + size)``."""
+
+    base: int
+    size: int
+    flags: int
+
+    @property
+    def end(self) -> int:
+        return self.base + self.size
+
+
+def memblock_cap_size(base: int, size: int) -> int:
+    """End of ``size`` bytes at ``base``, cut off at the end of the address space (``memblock_cap_size``)."""
+    return base + min(size, PHYS_ADDR_MAX - base)
+
+
+def _base(region: MemblockRegion) -> int:
+    return region.base
+
+
+class MemblockType:
+    """A named array of regions.
+
+    ``total_size`` is what the kernel keeps beside the array: the sum of the sizes, until
+    ``memblock_trim_memory`` shortens a region and forgets to subtract.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.regions: list[MemblockRegion] = []
+        self.total_size = 0
+
+    def search(self, address: int) -> MemblockRegion | None:
+        """The region that holds ``address`` (``memblock_search``)."""
+        index = bisect_right(self.regions, address, key=_base) - 1
+        if index >= 0 and address < self.regions[index].end:
+            return self.regions[index]
+        return None
+
+    def overlaps_region(self, base: int, size: int) -> bool:
+        """True if a region and the range share an address (``memblock_overlaps_region``)."""
+        end = memblock_cap_size(base, size)
+        index = bisect_left(self.regions, end, key=_base) - 1
+        return index >= 0 and base < self.regions[index].end
+
+    def add_range(self, base: int, size: int, flags: int = 0) -> None:
+        """Fill the range's gaps with ``flags``; regions that are there keep theirs (``memblock_add_range``)."""
+        end = memblock_cap_size(base, size)
+        first, last = self._overlapping(base, end)
+        filled: list[MemblockRegion] = []
+        fresh: list[int] = []
+        for region in [*self.regions[first:last], MemblockRegion(end, 0, 0)]:
+            if base < region.base:
+                fresh.append(first + len(filled))
+                filled.append(MemblockRegion(base, region.base - base, flags))
+                self.total_size += region.base - base
+            filled.append(region)
+            base = region.end
+        self.regions[first:last] = filled[:-1]
+        if fresh:
+            self._merge(fresh[0], fresh[-1] + 1)
+
+    def remove_range(self, base: int, size: int) -> None:
+        """Take every address of the range out (``memblock_remove_range``)."""
+        self.remove_regions(*self.isolate_range(base, size))
+
+    def remove_regions(self, first: int, last: int) -> None:
+        """Drop the regions of index ``first`` up to ``last``, exclusive."""
+        self.total_size -= sum(region.size for region in self.regions[first:last])
+        del self.regions[first:last]
+
+    def isolate_range(self, base: int, size: int) -> tuple[int, int]:
+        """Cut regions at the range's ends; first and last index, exclusive, inside (``memblock_isolate_range``)."""
+        end = memblock_cap_size(base, size)
+        if base == end:
+            return 0, 0
+        self._cut(base)
+        self._cut(end)
+        return self._overlapping(base, end)
+
+    def setclr_flag(self, base: int, size: int, set_flag: bool, flag: MemblockFlags) -> None:
+        """Set or clear ``flag`` in the range, where there are regions (``memblock_setclr_flag``)."""
+        first, last = self.isolate_range(base, size)
+        for index in range(first, last):
+            region = self.regions[index]
+            flags = region.flags | flag if set_flag else region.flags & ~flag
+            self.regions[index] = region._replace(flags=int(flags))
+        self._merge(first, last)
+
+    def _overlapping(self, base: int, end: int) -> tuple[int, int]:
+        """First and last index, exclusive, of the regions that share an address with ``[base, end)``."""
+        first = bisect_right(self.regions, base, key=_base)
+        if first and self.regions[first - 1].end > base:
+            first -= 1
+        return first, max(first, bisect_left(self.regions, end, key=_base))
+
+    def _cut(self, address: int) -> None:
+        """Let a region begin at ``address`` if one goes across it."""
+        index = bisect_left(self.regions, address, key=_base) - 1
+        if index >= 0 and address < self.regions[index].end:
+            region = self.regions[index]
+            low = region._replace(size=address - region.base)
+            high = region._replace(base=address, size=region.end - address)
+            self.regions[index : index + 1] = low, high
+
+    def _merge(self, first: int, last: int) -> None:
+        """Join touching regions of equal flags, from one before ``first`` up to ``last``, inclusive.
+
+        Source: memblock_merge_regions().
+        """
+        first = max(first - 1, 0)
+        merged: list[MemblockRegion] = []
+        for region in self.regions[first : last + 1]:
+            before = merged[-1] if merged else None
+            if before and before.end == region.base and before.flags == region.flags:
+                merged[-1] = before._replace(size=before.size + region.size)
+            else:
+                merged.append(region)
+        self.regions[first : last + 1] = merged
