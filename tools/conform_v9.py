@@ -13,12 +13,17 @@ from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, BootE820Entry, parse_e820_table
 from bootstub.efi_call import EfiCalls
-from bootstub.exit_boot import ExitBoot
+from bootstub.exit_boot import ALT_MEM_K, ExitBoot
 from bootstub.protocol import V9
 from bootstub.setup_data import SETUP_DATA
 from bootstub.unaccepted_memory import accept_memory
 from firmware.efi_types import EfiStatus
-from firmware.memory_descriptor import EFI_MEMORY_DESCRIPTOR_VERSION, OVMF_DESCRIPTOR_SIZE, MemoryDescriptor, pack_map
+from firmware.memory_descriptor import (
+    EFI_MEMORY_DESCRIPTOR_VERSION,
+    OVMF_DESCRIPTOR_SIZE,
+    MemoryDescriptor,
+    pack_map,
+)
 from firmware.tables import BOOT_SERVICES, EFI_BOOT_SERVICES, EFI_RUNTIME_SERVICES, EFI_SYSTEM_TABLE
 from guest.bitmap import GuestBitmap
 from guest.clock import VirtualClock
@@ -28,8 +33,16 @@ from guest.memory import AccessKind, PhysicalMemory
 from guest.records import GuestRecord, field_extents
 from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_ADDRESS_END, PMD_SIZE, round_up
-from kernel.e820 import E820Table
+from guest.units import (
+    BITS_PER_BYTE,
+    DIV_ROUND_UP,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PHYSICAL_ADDRESS_END,
+    PMD_SIZE,
+    round_up,
+)
+from kernel.e820 import memory_setup
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept
 from tdx.leaves import Leaf
@@ -82,6 +95,7 @@ class _Firmware:
         self._heap = _HEAP
         self.pages: list[int] = []
         self.pools: list[int] = []
+        """Sizes in order: the first memory map, the extension if there is one, the last memory map."""
         self.system_table = self._tables(machine)
 
     def take(self, size: int) -> int:
@@ -154,7 +168,7 @@ class _Case:
         params = GuestRecord(memory, gpa, BOOT_PARAMS)
         bitmap_gpa = params["unaccepted_memory"]
         yield "status", status, case["status"]
-        size = self._bitmap_bytes()
+        size = self._cleared_at(bitmap_gpa)
         yield "bm", [size, firmware.pages[-1]] if bitmap_gpa else None, case["bm"]
         bitmap = GuestBitmap(memory, bitmap_gpa) if bitmap_gpa else None
         yield "bits", _bits(bitmap, 0, size * BITS_PER_BYTE), case["bits"]
@@ -164,9 +178,10 @@ class _Case:
         for number, op in enumerate(case.get("ops", [])):
             yield from self._operation(f"ops[{number}] {op[0]}", op, bitmap)
 
-    def _bitmap_bytes(self) -> int:
-        ends = [start + (pages << PAGE_SHIFT) for _, start, pages, _ in self._case["desc"]]
-        return DIV_ROUND_UP(max(ends, default=0) + PMD_SIZE, PMD_SIZE * BITS_PER_BYTE)
+    def _cleared_at(self, gpa: int) -> int:
+        """Bytes of the first write at ``gpa``; 0 if there was none, or if ``gpa`` is null."""
+        sizes = (end - start for _, start, end in self._machine.memory.writes if start == gpa)
+        return next(sizes, 0) if gpa else 0
 
     def _tables(self, params: GuestRecord) -> Iterator[tuple[str, object, object]]:
         """The e820 table, its extension, and what the booting kernel makes of them."""
@@ -183,9 +198,7 @@ class _Case:
         yield "n", count, case["n"]
         yield "e820", table.hex(), case["e820"]
         yield "ext", ext.hex() if node else None, case["ext"]
-        beyond = len(case["desc"]) - 128 + V9.efi_mmap_nr_slack_slots
-        pool = 16 + 20 * beyond if beyond > 0 else 0
-        yield "ext_pool", pool if pool in [*self._firmware.pools, 0] else None, case["ext_pool"]
+        yield "ext_pool", sum(self._firmware.pools[1:-1]), case["ext_pool"]
         ram_pfn = _end_of_ram_pfn(parse_e820_table(table), parse_e820_table(ext))
         yield "ram_pfn", ram_pfn, case["ram_pfn"]
         if case["bm"] is not None:
@@ -236,19 +249,16 @@ def _bits(bitmap: GuestBitmap | None, start: int, end: int) -> list[int]:
 
 def _difference(before: list[int], after: list[int]) -> list[int]:
     """The bits of ``before`` that are not in ``after``; both and the result as flat ranges."""
-    left = sorted(set(before) ^ set(after))
-    return left
+    return sorted(set(before) ^ set(after))
 
 
 def _end_of_ram_pfn(table: list[BootE820Entry], ext: list[BootE820Entry]) -> int:
     """e820__end_of_ram_pfn() of a kernel that boots with this table."""
-    e820 = E820Table()
-    e820.memory_setup(table, 0, 0)
-    for entry in ext:
-        e820.range_add(entry.addr, entry.size, entry.type)
+    _, e820 = memory_setup(table, ALT_MEM_K, 0)
     if ext:
+        e820.append_table(ext)
         e820.update_table()
-    return e820.end_of_ram_pfn(1 << 40)
+    return e820.end_of_ram_pfn(PHYSICAL_ADDRESS_END >> PAGE_SHIFT)
 
 
 def _log(field: str, ours: list[list[Any]], recorded: Any) -> Iterator[tuple[str, object, object]]:
