@@ -1,0 +1,194 @@
+"""A bzImage as a boot loader sees it: real-mode setup with its header, protected-mode code, payload.
+
+Source: Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header". Offsets are in bytes from the start of
+the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bootstub.setup_header import (
+    BOOT_FLAG,
+    HEADER_MAGIC,
+    SETUP_HEADER,
+    SETUP_HEADER_OFFSET,
+    LoadFlags,
+    XLoadFlags,
+    version_text,
+)
+from guest.errors import FormatError
+from guest.records import offsets, parse
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END
+
+_BOOT_RST = "Documentation/arch/x86/boot.rst"
+_SECTOR = 512
+_SETUP_SECTS_DEFAULT = 4
+"""What ``setup_sects`` 0 means."""
+_PARAGRAPH = 16
+"""The unit of ``syssize``."""
+_VERSION_MIN = 0x20C
+"""The first protocol with ``xloadflags``, the youngest of the fields that a 64-bit EFI boot needs; Linux 3.8."""
+_KERNEL_VERSION_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BzImage:
+    """What the header of a bzImage says, checked against the file.
+
+    ``kernel_version`` is the text that the field points to, None if it points nowhere. ``protected_mode_offset``
+    and ``payload_offset`` are offsets in the file; the header counts the latter from the former.
+    ``handover_offset`` counts from ``protected_mode_offset``; 0 if there is none.
+    """
+
+    setup_sects: int
+    version: int
+    kernel_version: str | None
+    loadflags: LoadFlags
+    xloadflags: XLoadFlags
+    protected_mode_offset: int
+    protected_mode_size: int
+    code32_start: int
+    payload_offset: int
+    payload_length: int
+    pref_address: int
+    init_size: int
+    kernel_alignment: int
+    min_alignment: int
+    relocatable_kernel: bool
+    cmdline_size: int
+    initrd_addr_max: int
+    handover_offset: int
+
+    def payload(self, data: bytes) -> bytes:
+        """The compressed kernel in ``data``, the file that this was parsed from."""
+        return data[self.payload_offset : self.payload_offset + self.payload_length]
+
+
+def parse_bzimage(data: bytes) -> BzImage:
+    """Read the setup header of a bzImage; the first thing that cannot be right is a ``FormatError``."""
+    raw = data[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof()]
+    hdr = parse(SETUP_HEADER, "setup_header", raw, at=SETUP_HEADER_OFFSET, source=_BOOT_RST)
+    _check_magic(hdr)
+    _check_loading(hdr)
+    setup_sects = hdr.setup_sects or _SETUP_SECTS_DEFAULT
+    protected = (setup_sects + 1) * _SECTOR
+    _check_sizes(hdr, protected, len(data))
+    return BzImage(
+        setup_sects=setup_sects,
+        version=hdr.version,
+        kernel_version=_kernel_version(data, hdr.kernel_version, setup_sects),
+        loadflags=LoadFlags(hdr.loadflags),
+        xloadflags=XLoadFlags(hdr.xloadflags),
+        protected_mode_offset=protected,
+        protected_mode_size=hdr.syssize * _PARAGRAPH,
+        code32_start=hdr.code32_start,
+        payload_offset=protected + hdr.payload_offset,
+        payload_length=hdr.payload_length,
+        pref_address=hdr.pref_address,
+        init_size=hdr.init_size,
+        kernel_alignment=hdr.kernel_alignment,
+        min_alignment=hdr.min_alignment,
+        relocatable_kernel=bool(hdr.relocatable_kernel),
+        cmdline_size=hdr.cmdline_size,
+        initrd_addr_max=hdr.initrd_addr_max,
+        handover_offset=hdr.handover_offset,
+    )
+
+
+def _require(true: bool, field: str, found: str, expected: str) -> None:
+    """Refuse ``field`` of the setup header unless ``true``."""
+    if not true:
+        at = SETUP_HEADER_OFFSET + offsets(SETUP_HEADER)[field]
+        raise FormatError(f"setup_header.{field}", at=at, found=found, expected=expected, source=_BOOT_RST)
+
+
+def _check_magic(hdr: Any) -> None:
+    """It is a boot sector, it has a header, and the header has every field that is read here."""
+    _require(hdr.boot_flag == BOOT_FLAG, "boot_flag", f"{hdr.boot_flag:#06x}", f"{BOOT_FLAG:#06x}")
+    magic = hdr.header.to_bytes(4, "little")
+    _require(hdr.header == HEADER_MAGIC, "header", f"{magic!r}", "b'HdrS'")
+    _require(
+        hdr.version >= _VERSION_MIN,
+        "version",
+        f"boot protocol {version_text(hdr.version)}",
+        f"{version_text(_VERSION_MIN)} or later",
+    )
+
+
+def _check_loading(hdr: Any) -> None:
+    """The kernel can be loaded where a 64-bit EFI stub loads kernels, and says so in a way that makes sense."""
+    _require(
+        bool(hdr.loadflags & LoadFlags.LOADED_HIGH),
+        "loadflags",
+        f"{hdr.loadflags:#x}",
+        "LOADED_HIGH (bit 0): a bzImage, not a zImage",
+    )
+    _require(
+        bool(hdr.xloadflags & XLoadFlags.XLF_KERNEL_64),
+        "xloadflags",
+        f"{hdr.xloadflags:#x}",
+        "XLF_KERNEL_64 (bit 0): a 64-bit kernel",
+    )
+    alignment = hdr.kernel_alignment
+    _require(
+        alignment >= PAGE_SIZE and alignment & alignment - 1 == 0,
+        "kernel_alignment",
+        f"{alignment:#x}",
+        "a power of two of at least one page",
+    )
+    _require(
+        PAGE_SIZE <= 1 << hdr.min_alignment <= alignment,
+        "min_alignment",
+        f"2^{hdr.min_alignment}",
+        f"from {PAGE_SIZE:#x} to kernel_alignment ({alignment:#x})",
+    )
+    _require(
+        hdr.pref_address % alignment == 0 and hdr.pref_address + hdr.init_size <= PHYSICAL_ADDRESS_END,
+        "pref_address",
+        f"{hdr.pref_address:#x}",
+        f"a multiple of {alignment:#x} with room for init_size below {PHYSICAL_ADDRESS_END:#x}",
+    )
+
+
+def _check_sizes(hdr: Any, protected: int, file_size: int) -> None:
+    """The parts lie inside each other: payload and entry points in the code, the code in the file."""
+    _require(
+        protected < file_size, "setup_sects", f"{hdr.setup_sects}", f"setup inside the {file_size} bytes of file"
+    )
+    code_size = hdr.syssize * _PARAGRAPH
+    available = file_size - protected
+    _require(
+        0 < code_size <= available, "syssize", f"{code_size} bytes", f"from 1 to {available} bytes left in file"
+    )
+    _require(
+        hdr.payload_offset < code_size,
+        "payload_offset",
+        f"{hdr.payload_offset:#x}",
+        f"less than {code_size:#x} [syssize]",
+    )
+    room = code_size - hdr.payload_offset
+    _require(
+        0 < hdr.payload_length <= room,
+        "payload_length",
+        f"{hdr.payload_length}",
+        f"from 1 to {room} bytes [syssize]",
+    )
+    _require(hdr.init_size >= code_size, "init_size", f"{hdr.init_size:#x}", f"at least {code_size:#x} [syssize]")
+    handover = hdr.handover_offset
+    _require(handover < code_size, "handover_offset", f"{handover:#x}", f"less than {code_size:#x} [syssize]")
+
+
+def _kernel_version(data: bytes, pointer: int, setup_sects: int) -> str | None:
+    """The text at ``pointer`` + 0x200, which must lie in the setup code; control characters are refused."""
+    if pointer == 0:
+        return None
+    end = setup_sects * _SECTOR
+    _require(pointer < end, "kernel_version", f"{pointer:#x}", f"less than {end:#x} (0x200 * setup_sects)")
+    start = pointer + _SECTOR
+    raw = data[start : min(start + _KERNEL_VERSION_MAX, end + _SECTOR)]
+    text, nul, _ = raw.partition(b"\0")
+    readable = nul != b"" and text.isascii() and text.decode("latin-1").isprintable()
+    _require(readable, "kernel_version", f"{raw[:32]!r}", "printable ASCII text that ends with NUL")
+    return text.decode("ascii")

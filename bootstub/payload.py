@@ -1,0 +1,155 @@
+"""The payload of a bzImage: which compression it has, and the kernel that it holds.
+
+Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length) and lib/decompress.c. The last four bytes
+of the payload are the size of what comes out, little endian (output_len of arch/x86/boot/compressed/mkpiggy.c):
+scripts/Makefile.lib appends them to every format but gzip, whose own trailer ends with them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Protocol
+
+from guest.errors import FormatError
+from guest.units import SZ_1G, SZ_1M
+
+_BOOT_RST = "Documentation/arch/x86/boot.rst, payload_offset"
+_MKPIGGY = "arch/x86/boot/compressed/mkpiggy.c, output_len"
+
+OUTPUT_LIMIT = SZ_1G
+"""No kernel is larger: it must fit KERNEL_IMAGE_SIZE. Bounds the memory that a hostile payload can ask for."""
+
+_LZMA_MEMORY_LIMIT = 256 * SZ_1M
+"""For the dictionary; the kernel's build uses at most 128 MiB (scripts/xz_wrap.sh)."""
+
+
+class Compression(StrEnum):
+    """The compressions that lib/decompress.c knows."""
+
+    GZIP = "gzip"
+    BZIP2 = "bzip2"
+    LZMA = "lzma"
+    XZ = "xz"
+    LZO = "lzo"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
+_MAGICS = {
+    Compression.GZIP: bytes.fromhex("1f8b"),
+    Compression.BZIP2: b"BZh",
+    Compression.LZMA: bytes.fromhex("5d0000"),
+    Compression.XZ: bytes.fromhex("fd377a585a00"),
+    Compression.LZO: bytes.fromhex("894c5a4f"),
+    Compression.LZ4: bytes.fromhex("02214c18"),
+    Compression.ZSTD: bytes.fromhex("28b52ffd"),
+}
+
+
+class _Stream(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def _gzip() -> tuple[_Stream, type[Exception]]:
+    import zlib
+
+    return zlib.decompressobj(wbits=31), zlib.error
+
+
+def _bzip2() -> tuple[_Stream, type[Exception]]:
+    import bz2
+
+    return bz2.BZ2Decompressor(), OSError
+
+
+def _lzma() -> tuple[_Stream, type[Exception]]:
+    import lzma
+
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_LIMIT), lzma.LZMAError
+
+
+def _xz() -> tuple[_Stream, type[Exception]]:
+    import lzma
+
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_LZMA_MEMORY_LIMIT), lzma.LZMAError
+
+
+def _zstd() -> tuple[_Stream, type[Exception]]:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.ZstdDecompressor(), zstd.ZstdError
+
+
+_STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
+    Compression.GZIP: _gzip,
+    Compression.BZIP2: _bzip2,
+    Compression.LZMA: _lzma,
+    Compression.XZ: _xz,
+    Compression.ZSTD: _zstd,
+}
+"""The decompressors, imported only when they are used."""
+
+
+def detect(payload: bytes, *, at: int = 0) -> Compression:
+    """The compression of ``payload``, which was found at ``at``; an unknown magic is a ``FormatError``."""
+    for compression, magic in _MAGICS.items():
+        if payload.startswith(magic):
+            return compression
+    known = ", ".join(f"{magic.hex()} ({compression})" for compression, magic in _MAGICS.items())
+    found = payload[:6].hex() or "nothing"
+    raise FormatError("payload magic", at=at, found=found, expected=f"one of {known}", source=_BOOT_RST)
+
+
+def output_len(payload: bytes, *, at: int = 0) -> int:
+    """Size in bytes of what ``payload`` decompresses to, as its last four bytes say."""
+    size_at = max(len(payload) - 4, 0)
+    size = int.from_bytes(payload[size_at:], "little")
+    if len(payload) < 4 or not 0 < size <= OUTPUT_LIMIT:
+        raise FormatError(
+            "payload output_len",
+            at=at + size_at,
+            found=f"{size} bytes",
+            expected=f"a size from 1 to {OUTPUT_LIMIT} bytes",
+            source=_MKPIGGY,
+        )
+    return size
+
+
+def decompress(payload: bytes, *, at: int = 0) -> bytes:
+    """What ``payload`` decompresses to: the kernel's ELF file and the relocation table behind it.
+
+    Never makes more than one byte above ``output_len()``. ``at`` is where the payload was found, for messages.
+    """
+    compression = detect(payload, at=at)
+    size = output_len(payload, at=at)
+    if compression not in _STREAMS:
+        raise FormatError(
+            "payload compression",
+            at=at,
+            found=f"{compression}, which is known and not supported yet",
+            expected=f"one of {', '.join(_STREAMS)}",
+            source=_BOOT_RST,
+        )
+    stream, error = _STREAMS[compression]()
+    try:
+        output = stream.decompress(payload, size + 1)
+    except error as refusal:
+        raise FormatError(
+            "payload",
+            at=at,
+            found=f"damaged data ({refusal})",
+            expected=f"a {compression} stream",
+            source=_BOOT_RST,
+        ) from refusal
+    if len(output) != size or not stream.eof:
+        found = f"more than {size}" if len(output) > size else f"{len(output)}"
+        found += " bytes" if stream.eof or len(output) > size else " bytes in a stream that is cut short"
+        raise FormatError("payload output", at=at, found=found, expected=f"{size} bytes", source=_MKPIGGY)
+    return output
