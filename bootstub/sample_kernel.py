@@ -217,7 +217,7 @@ def _pe_header(code_size: int, efi_pe_entry: int, init_size: int) -> bytes:
     optional = struct.pack(
         "<HBBIIIIIQIIHHHHHHIIIIHHQQQQII48x",
         *(0x20B, 2, 20, code_size, 0, memory_size - code_size),  # Magic, linker, SizeOfCode, SizeOf*Data
-        *(_SETUP_SIZE + efi_pe_entry, _SETUP_SIZE, 0),  # AddressOfEntryPoint, BaseOfCode, ImageBase
+        *(_SETUP_SIZE + efi_pe_entry, _SETUP_SIZE, LOAD_PHYSICAL_ADDR),  # entry point, BaseOfCode, ImageBase
         *(PAGE_SIZE, _FILE_ALIGNMENT),  # SectionAlignment, FileAlignment
         *(0, 0, 1, 0, 0, 0, 0),  # versions: operating system, image, subsystem, Win32
         *(_SETUP_SIZE + memory_size, _SETUP_SIZE, 0),  # SizeOfImage, SizeOfHeaders, CheckSum
