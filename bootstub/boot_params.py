@@ -24,9 +24,6 @@ E820_MAX_ENTRIES_ZEROPAGE = 128
 EDDMAXNR = 6
 EDD_MBR_SIG_MAX = 16
 
-SENTINEL_DIRTY = 0xFF
-"""``sentinel`` of a page that a loader copied out of the image without clearing it."""
-
 EFI32_LOADER_SIGNATURE = int.from_bytes(b"EL32", "little")
 EFI64_LOADER_SIGNATURE = int.from_bytes(b"EL64", "little")
 
