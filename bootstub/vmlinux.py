@@ -73,9 +73,7 @@ def load_segments(data: bytes) -> Vmlinux:
     phdrs = [structs.Elf_Phdr.parse_stream(stream) for _ in range(ehdr.e_phnum)]
     segments = tuple(_segments(phdrs, ehdr.e_phoff, data))
     if not segments:
-        raise FormatError(
-            "e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF
-        )
+        raise FormatError("e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF)
     ends += [segment.p_offset + segment.p_filesz for segment in segments]
     return Vmlinux(ehdr.e_entry, segments, max(ends))
 

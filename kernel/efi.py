@@ -6,8 +6,8 @@ Sources: arch/x86/platform/efi/{efi,memmap,quirks}.c; drivers/firmware/efi/efi.c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from uuid import UUID
 
+from bootstub.e820_types import E820_TYPE_RESERVED
 from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryAttribute, EfiMemoryType, guid_bytes
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
@@ -15,7 +15,6 @@ from guest.ranges import Range
 from guest.records import GuestRecord
 from guest.units import SZ_1M, SZ_64K
 from kernel.kernel import Kernel
-from bootstub.e820_types import E820_TYPE_RESERVED
 
 _TABLE_NAMES = {guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0"}
 _MAX_MEMMAP_SIZE = 1 << 24

@@ -10,7 +10,7 @@ from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import RecordCopy
-from guest.units import PFN_PHYS, PHYSICAL_ADDRESS_BITS, PAGE_SHIFT, SZ_2M, round_down
+from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_BITS, SZ_2M, round_down
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import Memblock
@@ -35,6 +35,7 @@ class Kernel:
     memblock: Memblock
     e820: E820Table = field(default_factory=E820Table)
     efi_memmap: list[MemoryDescriptor] = field(default_factory=list)
+    boot_services: list[Range] = field(default_factory=list)
     max_pfn: int = 0
     allocator: PageAllocator | None = None
 
@@ -62,9 +63,10 @@ class Kernel:
         )
 
     @property
-    def end_of_ram(self) -> int:
-        """First address behind all RAM that e820 names."""
-        return PFN_PHYS(self.e820.end_of_ram_pfn(MAX_ARCH_PFN))
+    def ramdisk(self) -> Range:
+        """The initrd in guest memory; empty if there is none."""
+        start = self.params["ext_ramdisk_image"] << 32 | self.params["hdr.ramdisk_image"]
+        return Range(start, start + (self.params["ext_ramdisk_size"] << 32 | self.params["hdr.ramdisk_size"]))
 
     def memblock_alloc(self, size: int, align: int, start: int = 0, end: int = 0) -> int:
         """Allocate and clear boot memory; without room the kernel panics (memblock_alloc_try_nid())."""

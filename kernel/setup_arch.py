@@ -5,7 +5,7 @@ Source: arch/x86/kernel/setup.c, setup_arch() (6.3), in its order; arch/x86/kern
 
 from __future__ import annotations
 
-from bootstub.boot_params import E820_MAX_ENTRIES_ZEROPAGE, e820_table_of, parse_e820_table
+from bootstub.boot_params import e820_table_of, parse_e820_table
 from bootstub.e820_types import (
     E820_TYPE_RAM,
     E820_TYPE_RESERVED,
@@ -14,20 +14,17 @@ from bootstub.e820_types import (
 )
 from bootstub.setup_data import SetupData, SetupDataType, walk_setup_data
 from guest.machine import Machine
-from guest.ranges import Range
 from guest.units import (
     BITS_PER_BYTE,
     DIV_ROUND_UP,
     PAGE_SHIFT,
     PAGE_SIZE,
     PFN_DOWN,
-    PHYSICAL_ADDRESS_END,
     PMD_SIZE,
     SZ_1G,
     SZ_1M,
     SZ_4G,
     SZ_64K,
-    round_down,
     round_up,
 )
 from kernel.e820 import memory_setup
@@ -174,6 +171,10 @@ def _init_mem_mapping(kernel: Kernel) -> None:
     if probe:
         memblock.phys_free(probe, PMD_SIZE)
     memblock.current_limit = end
-    gibs = {at for region in memblock.memory for at in range(round_down(max(region.base, SZ_4G), SZ_1G), region.end, SZ_1G)}
+    gibs = {
+        gib
+        for region in memblock.memory.regions
+        for gib in range(max(region.base, SZ_4G) // SZ_1G, DIV_ROUND_UP(region.end, SZ_1G))
+    }
     if gibs:
         kernel.memblock_alloc(len(gibs) * PAGE_SIZE, PAGE_SIZE, 0, end)

@@ -205,9 +205,7 @@ class _Case:
             rsv = DIV_ROUND_UP(ram_pfn << PAGE_SHIFT, PMD_SIZE * BITS_PER_BYTE)
             yield "rsv", rsv, case["rsv"]
 
-    def _operation(
-        self, name: str, op: list[Any], bitmap: GuestBitmap | None
-    ) -> Iterator[tuple[str, object, object]]:
+    def _operation(self, name: str, op: list[Any], bitmap: GuestBitmap | None) -> Iterator[tuple[str, object, object]]:
         kind, start, end = op[:3]
         kernel = UnacceptedMemory(bitmap, self._arch_accept)
         if kind == "R":

@@ -140,8 +140,7 @@ class Model:
             for page in range(max(start, 1), end - size + 1)
             if page % align == 0
             and all(
-                p in self.memory and not self.memory[p] & 4 and p not in self.reserved
-                for p in range(page, page + size)
+                p in self.memory and not self.memory[p] & 4 and p not in self.reserved for p in range(page, page + size)
             )
         ]
         return (min(fits) if bottom_up else max(fits)) * PAGE_SIZE if fits else 0
@@ -186,9 +185,7 @@ def test_random_operations_against_the_model(seed):
         assert flat(mb.reserved) == model.reserved_regions()
         assert mb.phys_mem_size() == len(model.memory) * PAGE_SIZE
         free = [page for r in mb.free_ranges() for page in range(r.start // PAGE_SIZE, r.end // PAGE_SIZE)]
-        assert free == sorted(
-            page for page in model.memory if not model.memory[page] and page not in model.reserved
-        )
+        assert free == sorted(page for page in model.memory if not model.memory[page] and page not in model.reserved)
         probe = rng.randrange(80)
         assert mb.is_memory(probe * PAGE_SIZE) == (probe in model.memory)
         assert mb.is_reserved(probe * PAGE_SIZE) == (probe in model.reserved)
