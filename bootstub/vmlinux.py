@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from elftools.elf.structs import ELFStructs
+
 from guest.errors import FormatError
 from guest.units import PHYSICAL_ADDRESS_END, SZ_2M
 
@@ -57,8 +59,6 @@ def load_segments(data: bytes) -> Vmlinux:
     ``at`` of a ``FormatError`` is an offset in ``data``.
     """
     _check_ident(data)
-    from elftools.elf.structs import ELFStructs  # 15 ms, and not every command reads a kernel
-
     structs = ELFStructs(little_endian=True, elfclass=64)
     structs.create_basic_structs()
     structs.create_advanced_structs()

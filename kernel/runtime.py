@@ -31,7 +31,7 @@ MAX_COUNT = 1 << 20
 DEFAULT_SCRIPT = f"""\
 cat /proc/meminfo
 alloc 9 96
-alloc 0 1024
+alloc 0 256
 echo 64M > {ACCEPT_MEMORY}
 cat /proc/meminfo
 cat /proc/vmstat

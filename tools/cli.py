@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from guest.errors import BootError
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="unaccepted", description="The boot of a TD, byte by byte.")
-    parser.add_argument("--version", action="version", version=f"unaccepted {_version()}, kernel rules: v9")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
@@ -57,11 +57,18 @@ def _refuse(message: str) -> int:
     return 1
 
 
-def _version() -> str:
-    try:
-        return version("unaccepted")
-    except PackageNotFoundError:
-        return "(not installed)"
+class _Version(argparse.Action):
+    """Prints the version; reading it from the installed package is too slow to do it beforehand."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            text = version("unaccepted")
+        except PackageNotFoundError:
+            text = "(not installed)"
+        print(f"unaccepted {text}, kernel rules: v9")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ _ATTRIBUTES = {word: int(flag) for flag, word in ATTRIBUTE_COLUMNS}
 
 def parse_efi_map(text: str, name: str) -> tuple[MemoryDescriptor, ...]:
     """The map in ``text``, in its order, checked. ``name`` is what messages call it. Raises ``FormatError``."""
-    descriptors = _from_json(text, name) if text.lstrip()[:1] in ("[", "{") else _from_dmesg(text, name)
+    is_json = text.lstrip()[:1] in ("[", "{") and "efi: mem" not in text  # dmesg lines begin with [ too
+    descriptors = _from_json(text, name) if is_json else _from_dmesg(text, name)
     if not descriptors:
         raise FormatError(
             name, found="no memory descriptor", expected="`efi: mem00: [...] range=[...]` lines or JSON",
