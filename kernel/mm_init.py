@@ -10,9 +10,7 @@ from guest.units import (
     DIV_ROUND_UP,
     PAGE_SHIFT,
     PAGE_SIZE,
-    PFN_DOWN,
     PFN_PHYS,
-    PFN_UP,
     PMD_SIZE,
     SZ_1G,
     SZ_1M,
@@ -21,6 +19,7 @@ from guest.units import (
     SZ_128M,
     round_up,
 )
+from kernel.efi import efi_free_boot_services
 from kernel.kernel import Kernel
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.mmzone import Zone, free_area_init, memory_node_lines, zone_ranges_lines
@@ -52,7 +51,7 @@ def mm_init(kernel: Kernel) -> None:
     for pages in kernel.memblock.free_all(kernel.max_pfn):
         allocator.free_pages_core(pages.start, pages.end)
     _mem_init_print_info(kernel, zones)
-    _efi_free_boot_services(kernel)
+    efi_free_boot_services(kernel, allocator)
 
 
 def _initmem_init(kernel: Kernel) -> None:
@@ -125,12 +124,3 @@ def _mem_init_print_info(kernel: Kernel, zones: list[Zone]) -> None:
         for name in ("nr_free_pages", "managed_pages", "present_pages")
     )
     kernel.machine.print(f"Memory: {free}K/{present}K available ({present - managed}K reserved, 0K cma-reserved)")
-
-
-def _efi_free_boot_services(kernel: Kernel) -> None:
-    """Boot services memory that was kept aside goes to the page allocator too (efi_free_boot_services())."""
-    assert kernel.allocator is not None
-    for start, end in kernel.boot_services:
-        kernel.memblock.phys_free(start, end - start)
-        if PFN_UP(start) < PFN_DOWN(end):
-            kernel.allocator.free_pages_core(PFN_UP(start), PFN_DOWN(end))
