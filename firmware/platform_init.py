@@ -16,6 +16,7 @@ from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import MMIO, low_memory
+from firmware.paging import build_identity_map
 from firmware.system_table import build_system_table
 from guest.machine import Machine
 from guest.units import SZ_128M
@@ -52,6 +53,7 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     image = load_image(services, fw_cfg)
     stack = arena.reserve(EfiMemoryType.EfiBootServicesData, _STACK_SIZE)
     machine.regs.rsp = stack + _STACK_SIZE
+    machine.regs.cr3 = build_identity_map(machine.memory, arena)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
 

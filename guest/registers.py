@@ -28,6 +28,7 @@ class Registers:
     r14: int = 0
     r15: int = 0
     rip: int = 0
+    cr3: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Name and value of each register, in the order of their encoding."""

@@ -13,6 +13,7 @@ from guest.memory import AccessKind, PhysicalMemory
 from guest.registers import Registers
 from guest.trace import Trace
 from guest.units import PAGE_SIZE
+from tdx.cpuid import td_cpuid
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 from tdx.sept import LEVEL_2M, LEVEL_SIZE, SecureEpt, SeptState
@@ -61,16 +62,17 @@ class TdxModule:
         self._physical, self._sept, self._host = physical, sept, host
         self._trace, self._clock, self._costs = trace, clock, costs
         self._config = config
+        self._cpuid = td_cpuid(config.gpaw)
 
     def admit(self, gpa: int, size: int, kind: AccessKind) -> tuple[int, int]:
         """The mapped run around a private access. Anything that is not MAPPED is fatal to the guest."""
         end, at = gpa + size, gpa
         while True:
-            _, reached, entry = self._sept.run_at(at)
+            start, reached, entry = self._sept.run_at(at)
             if entry.state is not SeptState.MAPPED:
                 break
             if reached >= end:
-                return gpa, reached
+                return min(start, gpa), reached
             at = reached
         in_guest = entry.state is SeptState.PENDING and not self._config.sept_ve_disable
         raise MemoryFault(
@@ -79,14 +81,8 @@ class TdxModule:
         )  # fmt: skip
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-        """The leaves by which a guest recognises TDX; all others answer zero."""
-        if leaf == 0:
-            return 0x21, 0x756E6547, 0x6C65746E, 0x49656E69  # GenuineIntel
-        if leaf == 1:
-            return 0x000C06F2, 0, 1 << 31, 0  # Sapphire Rapids; ECX[31]: a hypervisor is present
-        if leaf == 0x21 and subleaf == 0:
-            return 0, 0x65746E49, 0x20202020, 0x5844546C  # "IntelTDX    " in EBX, EDX, ECX
-        return 0, 0, 0, 0
+        """As the table of a TD says; a leaf that is not in it answers zero."""
+        return self._cpuid.get((leaf, subleaf), (0, 0, 0, 0))
 
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""

@@ -54,6 +54,7 @@ class BootConfig:
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
     host_level: int = LEVEL_2M
+    gpaw: int = 52
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -68,7 +69,7 @@ class Boot:
         self.sept = SecureEpt()
         self.physical = PhysicalMemory()
         """The bytes without the gate: for looking on from outside, never for a stage."""
-        td, ram = TdConfig(), _ram(config)
+        td, ram = TdConfig(config.gpaw), _ram(config)
         self.host = Host(
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )

@@ -1,0 +1,251 @@
+"""Unicorn, and the cures for what its binding cannot do. Everything that depends on its build is in this file.
+
+Unicorn 2.1.4 delivers no exception through the IDT, keeps a stale ``old_exception`` that turns the second page
+fault into a double fault, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of
+them is to read and write the CPU's state directly. Where it lies is found when an engine is made; what lies where
+in it is known for one version, and checked before the engine is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from guest.errors import BootError
+
+KNOWN_VERSION = "2.1.4"
+EXTRA = "unaccepted[cpu]"
+
+# struct CPUX86State of unicorn 2.1.4, x86-64 Linux: offsets in bytes
+_REGS, _RIP, _RFLAGS, _HFLAGS, _SEGMENTS = 0, 128, 136, 176, 184
+_TR, _GDT, _IDT, _CR = 352, 376, 400, 424
+_ERROR_CODE, _OLD_EXCEPTION = 5384, 5496
+_SEGMENT = struct.Struct("<IIQII")
+_SEGMENT_ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
+_NO_EXCEPTION = -1
+_CPL_MASK = 3
+_ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
+
+REGISTER_ORDER = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+
+
+class EngineError(BootError):
+    """Unicorn is missing, or it is not the build that this file knows."""
+
+
+class CpuState:
+    """The emulated CPU's state in host memory: read and written in place, also from within hooks."""
+
+    def __init__(self, address: int) -> None:
+        self.regs = (ctypes.c_uint64 * 16).from_address(address + _REGS)
+        """RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15."""
+        self._rip = ctypes.c_uint64.from_address(address + _RIP)
+        self._rflags = ctypes.c_uint64.from_address(address + _RFLAGS)
+        self._hflags = ctypes.c_uint32.from_address(address + _HFLAGS)
+        self._segments = (ctypes.c_char * (_SEGMENT.size * 6)).from_address(address + _SEGMENTS)
+        self._tables = {
+            name: (ctypes.c_char * _SEGMENT.size).from_address(address + offset)
+            for name, offset in (("tr", _TR), ("gdt", _GDT), ("idt", _IDT))
+        }
+        self.cr = (ctypes.c_uint64 * 5).from_address(address + _CR)
+        self._error_code = ctypes.c_int32.from_address(address + _ERROR_CODE)
+        self._old_exception = ctypes.c_int32.from_address(address + _OLD_EXCEPTION)
+
+    @property
+    def rip(self) -> int:
+        return self._rip.value
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self._rip.value = value
+
+    @property
+    def rflags(self) -> int:
+        """RFLAGS without the lazily kept condition codes; those come through the binding."""
+        return self._rflags.value
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self._rflags.value = value
+
+    @property
+    def error_code(self) -> int:
+        """Error code of the exception that a hook is told of."""
+        return self._error_code.value
+
+    @property
+    def old_exception(self) -> int:
+        return self._old_exception.value
+
+    def forget_exception(self) -> None:
+        """An exception was delivered: the next one is a first one again."""
+        self._old_exception.value = _NO_EXCEPTION
+
+    @property
+    def cpl(self) -> int:
+        return self._hflags.value & _CPL_MASK
+
+    @cpl.setter
+    def cpl(self, value: int) -> None:
+        self._hflags.value = self._hflags.value & ~_CPL_MASK | value
+
+    def table_base(self, name: str) -> int:
+        """Base of ``tr``, ``gdt`` or ``idt``."""
+        base: int = _SEGMENT.unpack(self._tables[name].raw)[2]
+        return base
+
+    def segment(self, name: str) -> tuple[int, int, int, int]:
+        """Selector, base, limit and flags of a segment register."""
+        at = _SEGMENT_ORDER.index(name) * _SEGMENT.size
+        selector, _, base, limit, flags = _SEGMENT.unpack_from(self._segments.raw, at)
+        return selector, base, limit, flags
+
+    def set_segment(self, name: str, selector: int, base: int, limit: int, flags: int) -> None:
+        """Load a segment register without the checks that a load by the guest would get."""
+        at = _SEGMENT_ORDER.index(name) * _SEGMENT.size
+        _SEGMENT.pack_into(self._segments, at, selector, 0, base, limit, flags)
+
+
+class Engine:
+    """An x86-64 Unicorn engine with its CPU state laid open."""
+
+    def __init__(self) -> None:
+        self.unicorn = _import_unicorn()
+        self.const = self.unicorn.x86_const
+        self.uc = self.unicorn.Uc(self.unicorn.UC_ARCH_X86, self.unicorn.UC_MODE_64)
+        self.uc.ctl_set_cpu_model(self.const.UC_CPU_X86_SKYLAKE_SERVER)  # pages of 1 GiB, SMEP, SMAP
+        self.state = CpuState(_find_state(self.uc, self.const))
+        self._callbacks: list[object] = []
+
+    def run(self, rip: int) -> None:
+        """Run from ``rip`` until a hook stops the engine. What a hook raised comes out here."""
+        self.uc.ctl_exits_enabled(True)
+        self.uc.ctl_set_exits([])
+        self.state.forget_exception()
+        self.uc.emu_start(rip, 0)
+
+    def stop(self) -> None:
+        """Stop after the hook that calls this."""
+        self.uc.emu_stop()
+
+    def map(self, gpa: int, view: memoryview) -> None:
+        """Let the guest see ``view``, whole pages, at ``gpa``; the bytes are shared, not copied."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        self.uc.mem_map_ptr(gpa, len(view), self.unicorn.UC_PROT_ALL, address)
+
+    def hook_insn(self, instruction: int, callback: Callable[[], int]) -> None:
+        """Call ``callback`` instead of each CPUID, RDTSC or RDTSCP; it returns 1 if it did the instruction's work.
+
+        The binding has such hooks for CPUID only; the library treats the three alike.
+        """
+
+        def guarded(_: object, __: object) -> int:
+            try:
+                return callback()
+            except BaseException as error:  # as the binding's own guard does: an exception must not enter C
+                self.uc._hook_exception = self.uc._hook_exception or error
+                self.uc.emu_stop()
+                return 1
+
+        from unicorn.unicorn_py3.unicorn import uc_engine, uclib
+
+        function = ctypes.CFUNCTYPE(ctypes.c_uint32, uc_engine, ctypes.c_void_p)(guarded)
+        self._callbacks.append(function)
+        handle = ctypes.c_size_t()
+        status = uclib.uc_hook_add(
+            self.uc._uch, ctypes.byref(handle), self.unicorn.UC_HOOK_INSN, ctypes.cast(function, ctypes.c_void_p),
+            ctypes.c_void_p(0), ctypes.c_uint64(1), ctypes.c_uint64(0), ctypes.c_int(instruction),
+        )  # fmt: skip
+        if status != self.unicorn.UC_ERR_OK:
+            raise EngineError(f"unicorn: hook of instruction {instruction} refused with status {status}")
+
+
+def self_test() -> None:
+    """Run a page fault through a small engine and check that the state is laid out as this file says.
+
+    Raises ``EngineError`` with the version that is known.
+    """
+    engine = Engine()
+    seen: list[tuple[int, int, int]] = []
+    code = b"\x48\xa1" + (0x123000).to_bytes(8, "little")  # mov rax, [0x123000]
+    memory = (ctypes.c_char * (1 << 16)).from_buffer(bytearray(1 << 16))
+    tables = _identity_tables(0x1000)
+    view = memoryview(memory).cast("B")
+    view[: len(code)] = code
+    view[0x1000 : 0x1000 + len(tables)] = tables
+    aligned = bytearray(0)
+    del aligned
+    engine.uc.mem_map(0, 1 << 16)
+    engine.uc.mem_write(0, bytes(view))
+
+    def on_exception(uc: Any, number: int, _: object) -> None:
+        seen.append((number, engine.state.old_exception, engine.state.cr[2]))
+        uc.emu_stop()
+
+    engine.uc.hook_add(engine.unicorn.UC_HOOK_INTR, on_exception)
+    const = engine.const
+    engine.uc.reg_write(const.UC_X86_REG_CR3, 0x1000)
+    engine.uc.reg_write(const.UC_X86_REG_CR4, 1 << 5)
+    engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
+    engine.run(0)
+    if seen != [(14, 14, 0x123000)] or engine.state.rip != 0:
+        raise EngineError(
+            f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
+            f"(a page fault looks like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
+        )
+
+
+def _identity_tables(base: int) -> bytes:
+    """Page tables at ``base`` that map the first 64 KiB, and nothing else, to itself."""
+    def table(entries: list[int]) -> bytes:
+        return struct.pack("<512Q", *entries, *[0] * (512 - len(entries)))
+
+    upper = b"".join(table([base + 0x1000 * (level + 1) | 3]) for level in range(3))
+    return upper + table([page << 12 | 3 for page in range(16)])
+
+
+def _import_unicorn() -> Any:
+    try:
+        import unicorn
+    except ImportError as error:
+        raise EngineError(f"running machine code needs unicorn: pip install '{EXTRA}'") from error
+    return unicorn
+
+
+def _find_state(uc: Any, const: Any) -> int:
+    """Address of CPUX86State: the one place, reached by a pointer in the engine, that follows R15."""
+    candidates: list[int] | None = None
+    for marker in (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D):
+        uc.reg_write(const.UC_X86_REG_R15, marker)
+        found = set(_pointed_to(uc._uch.value, marker.to_bytes(8, "little")))
+        candidates = sorted(found if candidates is None else found & set(candidates))
+    uc.reg_write(const.UC_X86_REG_R15, 0)
+    if not candidates or len(candidates) != 1:
+        raise EngineError(f"unicorn: CPU state not found; known to work: unicorn {KNOWN_VERSION}")
+    return candidates[0] - 15 * 8
+
+
+def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
+    """Addresses of ``pattern`` near what the words of the engine's structure point to."""
+    regions = list(_writable_regions())
+    for word in struct.unpack(f"<{_ENGINE_SCAN // 8}Q", ctypes.string_at(engine, _ENGINE_SCAN)):
+        for start, end in regions:
+            if start <= word < end:
+                at = ctypes.string_at(word, min(end - word, _STATE_SCAN)).find(pattern)
+                if at >= 0:
+                    yield word + at
+
+
+def _writable_regions() -> Iterator[tuple[int, int]]:
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            where, permissions = line.split()[:2]
+            if permissions == "rw-p":
+                start, end = where.split("-")
+                yield int(start, 16), int(end, 16)

@@ -1,0 +1,212 @@
+"""A vCPU: real x86-64 machine code on the guest's own memory, firmware services and TDX module.
+
+The code runs on the same bytes as our own stages, and meets the same platform: memory is mapped into the engine
+only when the platform admits the access, TDCALL goes to the TDX module with the real registers, and a call
+through a firmware table arrives at the same call gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cpu.binding import RAX, RBX, RCX, RDX, REGISTER_ORDER, RSP, Engine
+from cpu.devices import Devices
+from cpu.exceptions import NAMES, WITH_ERROR_CODE, deliver
+from cpu.paging import translate
+from guest.errors import GuestPanic
+from guest.machine import Machine
+from guest.memory import AccessKind, PhysicalMemory
+from guest.ranges import RangeSet
+from guest.registers import MASK64, Registers
+from guest.units import PAGE_SIZE, SZ_64M, round_down, round_up
+from tdx.cpuid import TSC_HZ
+
+_TDCALL = b"\x66\x0f\x01\xcc"
+_PIECE = SZ_64M
+_SHADOW_SPACE = 0x28
+"""Return address and home space before the fifth argument (Microsoft x64 convention)."""
+_MSR_EFER, _MSR_STAR, _MSR_LSTAR, _MSR_FMASK = 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084
+_CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1  # PG WP NE ET MP PE
+_CR4 = 1 << 5 | 1 << 9 | 1 << 10  # PAE OSFXSR OSXMMEXCPT
+_TSC_STEP_NS = 25
+
+
+class Vcpu:
+    """One processor of the machine. ``physical`` are the bytes, which only the mapping of admitted memory uses."""
+
+    def __init__(self, machine: Machine, physical: PhysicalMemory, devices: Devices) -> None:
+        self._machine, self._physical, self._devices = machine, physical, devices
+        self.engine = Engine()
+        self.state = self.engine.state
+        self._mapped = RangeSet()
+        self._address_mask = (1 << 39) - PAGE_SIZE
+        self.exceptions: dict[int, int] = {}
+        self.breakpoints: dict[int, Callable[[], None]] = {}
+        self._install_hooks()
+
+    def start(self, regs: Registers) -> None:
+        """Enter long mode with paging on, as UEFI leaves a processor, with the registers of ``regs``."""
+        uc, const = self.engine.uc, self.engine.const
+        self._map_around(regs.cr3, 2 * PAGE_SIZE, "read")  # a page walk asks no hook
+        uc.reg_write(const.UC_X86_REG_CR3, regs.cr3)
+        uc.reg_write(const.UC_X86_REG_CR4, _CR4)
+        uc.msr_write(_MSR_EFER, 0xD01)  # SCE, LME, LMA, NXE
+        uc.reg_write(const.UC_X86_REG_CR0, _CR0)
+        for number, name in enumerate(REGISTER_ORDER):
+            self.state.regs[number] = getattr(regs, name)
+
+    def run(self, rip: int) -> None:
+        """Run from ``rip`` until a hook stops it."""
+        self.engine.run(rip)
+
+    def registers(self) -> Registers:
+        """The registers as they are now."""
+        values = {name: self.state.regs[number] for number, name in enumerate(REGISTER_ORDER)}
+        return Registers(**values, rip=self.state.rip, cr3=self.state.cr[3])
+
+    def break_at(self, linear: int, action: Callable[[], None]) -> None:
+        """Call ``action`` whenever the instruction at ``linear`` is about to run."""
+        self.breakpoints[linear] = action
+        self.engine.uc.hook_add(self.engine.unicorn.UC_HOOK_CODE, self._on_code, begin=linear, end=linear)
+
+    def return_from_function(self, value: int) -> None:
+        """Make the function that was just entered return ``value``."""
+        stack = self.state.regs[RSP]
+        self.state.regs[RAX] = value
+        self.state.regs[RSP] = stack + 8
+        self.jump(int.from_bytes(self.read(stack, 8), "little"))
+
+    def jump(self, rip: int) -> None:
+        """Go on at ``rip``."""
+        self.engine.uc.reg_write(self.engine.const.UC_X86_REG_RIP, rip)
+
+    # Memory by linear address, for what the processor itself reads and writes
+
+    def read(self, linear: int, size: int) -> bytes:
+        """The bytes at ``linear``; what crosses a page is read page by page."""
+        out = b""
+        while size:
+            piece = min(size, PAGE_SIZE - linear % PAGE_SIZE)
+            out += self._machine.memory.read(self._physical_address(linear), piece)
+            linear, size = linear + piece, size - piece
+        return out
+
+    def write(self, linear: int, data: bytes) -> None:
+        """Store ``data`` at ``linear``."""
+        while data:
+            piece = min(len(data), PAGE_SIZE - linear % PAGE_SIZE)
+            self._machine.memory.write(self._physical_address(linear), data[:piece])
+            linear, data = linear + piece, data[piece:]
+
+    def _physical_address(self, linear: int) -> int:
+        gpa = translate(self._physical.read, self.state.cr[3], linear, self._address_mask)
+        if gpa is None:
+            raise self._machine.panic(f"the processor's own access to {linear:#x}, which is not mapped: triple fault")
+        return gpa
+
+    # Hooks
+
+    def _install_hooks(self) -> None:
+        uc, unicorn, x86 = self.engine.uc, self.engine.unicorn, self.engine.const
+        uc.hook_add(unicorn.UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
+        uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._on_invalid)
+        uc.hook_add(unicorn.UC_HOOK_INTR, self._on_exception)
+        uc.hook_add(unicorn.UC_HOOK_INSN, self._on_in, aux1=x86.UC_X86_INS_IN)
+        uc.hook_add(unicorn.UC_HOOK_INSN, self._on_out, aux1=x86.UC_X86_INS_OUT)
+        uc.hook_add(unicorn.UC_HOOK_INSN, self._on_syscall, aux1=x86.UC_X86_INS_SYSCALL)
+        self.engine.hook_insn(x86.UC_X86_INS_CPUID, self._on_cpuid)
+        self.engine.hook_insn(x86.UC_X86_INS_RDTSC, self._on_rdtsc)
+        self.engine.hook_insn(x86.UC_X86_INS_RDTSCP, self._on_rdtsc)
+
+    def _on_unmapped(self, uc: Any, access: int, gpa: int, size: int, value: int, data: Any) -> bool:
+        """The engine does not know this memory yet: ask the platform, and map what it admits."""
+        reads = (self.engine.unicorn.UC_MEM_READ_UNMAPPED, self.engine.unicorn.UC_MEM_FETCH_UNMAPPED)
+        self._map_around(gpa, max(size, 1), "read" if access in reads else "write")
+        return True
+
+    def _map_around(self, gpa: int, size: int, kind: AccessKind) -> None:
+        """Map the memory around an access, as far as the platform admits it, in pieces of 64 MiB at most."""
+        start, end = self._machine.platform.admit(gpa, size, kind)
+        low, high = max(start, round_down(gpa, _PIECE)), min(end, round_up(gpa + size, _PIECE))
+        for gap in list(self._mapped.gaps(low, high)):
+            for first, last in self._physical.pieces(gap.start, gap.end):
+                self.engine.map(first, self._physical.view(first, last - first))
+                self._mapped.add(first, last)
+
+    def _on_invalid(self, uc: Any, data: Any) -> bool:
+        """An instruction that the engine does not know: TDCALL, a call gate, or a real #UD."""
+        rip = self.state.rip
+        gate = self._machine.gates.at(rip)
+        if gate is not None:
+            self._call_gate(rip, gate.nargs)
+        elif self.read(rip, len(_TDCALL)) == _TDCALL:
+            self._tdcall()
+            self.state.rip = rip + len(_TDCALL)
+        else:
+            self._deliver(6)
+        return True
+
+    def _call_gate(self, address: int, nargs: int) -> None:
+        regs, stack = self.state.regs, self.state.regs[RSP]
+        args = [regs[RCX], regs[RDX], regs[8], regs[9]][:nargs]
+        for number in range(4, nargs):
+            args.append(int.from_bytes(self.read(stack + _SHADOW_SPACE + 8 * (number - 4), 8), "little"))
+        status = self._machine.call(address, *args)
+        regs[RAX] = status
+        self.state.rip = int.from_bytes(self.read(stack, 8), "little")
+        regs[RSP] = stack + 8
+
+    def _tdcall(self) -> None:
+        values = self.state.regs
+        regs = Registers(**{name: values[number] for number, name in enumerate(REGISTER_ORDER)})
+        self._machine.platform.tdcall(regs)
+        for number, name in enumerate(REGISTER_ORDER):
+            values[number] = getattr(regs, name) & MASK64
+
+    def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
+        self._deliver(vector)
+
+    def _deliver(self, vector: int) -> None:
+        self.exceptions[vector] = self.exceptions.get(vector, 0) + 1
+        if self.state.table_base("idt") == 0:
+            name = NAMES.get(vector, f"exception {vector}")
+            raise self._machine.panic(f"{name} at {self.state.rip:#x}, cr2={self.state.cr[2]:#x}, and no IDT")
+        rflags = self.engine.uc.reg_read(self.engine.const.UC_X86_REG_EFLAGS)
+        error_code = self.state.error_code if vector in WITH_ERROR_CODE else None
+        deliver(self.state, self, vector, rflags, error_code)
+
+    def _on_in(self, uc: Any, port: int, size: int, data: Any) -> int:
+        return self._devices.read(port, size)
+
+    def _on_out(self, uc: Any, port: int, size: int, value: int, data: Any) -> None:
+        self._devices.write(port, size, value)
+
+    def _on_cpuid(self) -> int:
+        regs = self.state.regs
+        leaf = self._machine.platform.cpuid(regs[RAX] & 0xFFFF_FFFF, regs[RCX] & 0xFFFF_FFFF)
+        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
+        return 1
+
+    def _on_rdtsc(self) -> int:
+        self._machine.clock.advance(_TSC_STEP_NS)
+        tsc = self._machine.clock.ns * TSC_HZ // 1_000_000_000
+        self.state.regs[RAX], self.state.regs[RDX] = tsc & 0xFFFF_FFFF, tsc >> 32 & 0xFFFF_FFFF
+        return 1
+
+    def _on_syscall(self, uc: Any, data: Any) -> None:
+        """SYSCALL: the engine leaves the change of rings to us, and adds 2 to RIP afterwards."""
+        state, regs = self.state, self.state.regs
+        rflags = uc.reg_read(self.engine.const.UC_X86_REG_EFLAGS)
+        selector = uc.msr_read(_MSR_STAR) >> 32 & 0xFFFC
+        regs[RCX], regs[11] = state.rip + 2, rflags
+        state.rflags &= ~uc.msr_read(_MSR_FMASK)
+        state.set_segment("cs", selector, 0, 0xFFFF_FFFF, 0x00AF_9B00)
+        state.set_segment("ss", selector + 8, 0, 0xFFFF_FFFF, 0x00CF_9300)
+        state.cpl = 0
+        state.rip = uc.msr_read(_MSR_LSTAR) - 2
+
+    def _on_code(self, uc: Any, address: int, size: int, data: Any) -> None:
+        action = self.breakpoints.get(address)
+        if action is not None:
+            action()

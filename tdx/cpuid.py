@@ -1,0 +1,57 @@
+"""CPUID as a TD sees it: a table of leaves, the same on every machine, so that runs repeat.
+
+The TDX module answers CPUID natively for most leaves, from what the host configured when it built the TD. The
+features here are those of a plain 64-bit processor without AVX, PCIDs, LA57 and performance monitoring.
+Sources: SDM volume 2, CPUID; Intel TDX Module 1.5, CPUID virtualization; Documentation/virt/kvm/x86/cpuid.rst.
+"""
+
+from __future__ import annotations
+
+Leaf = tuple[int, int, int, int]
+"""EAX, EBX, ECX, EDX."""
+
+
+def _text(text: str) -> tuple[int, ...]:
+    return tuple(int.from_bytes(text[at : at + 4].encode(), "little") for at in range(0, len(text), 4))
+
+
+def _bits(*bits: int) -> int:
+    return sum(1 << bit for bit in bits)
+
+
+_GENU, _INEI, _NTEL = _text("GenuineIntel")
+_INTE, _LTDX, _BLANK = _text("IntelTDX    ")
+_KVMK, _VMKV, _M = _text("KVMKVMKVM\0\0\0")
+_BRAND = _text("Intel(R) TD on an emulated processor".ljust(48, "\0"))
+_FAMILY_6_MODEL_94 = 0x000506E3
+_SSE3, _PCLMUL, _MWAIT, _SSSE3, _CX16, _SSE41, _SSE42, _MOVBE, _POPCNT, _AES, _RDRAND, _HYPERVISOR = (
+    0, 1, 3, 9, 13, 19, 20, 22, 23, 25, 30, 31,
+)  # fmt: skip
+_FPU_TO_MSR, _PAE_TO_CX8 = range(6), range(6, 9)  # FPU VME DE PSE TSC MSR; PAE MCE CX8
+_SEP_TO_PSE36, _CLFLUSH, _MMX_TO_SSE2 = (11, 12, 13, 14, 15, 16, 17), 19, (23, 24, 25, 26)
+TSC_HZ = 1_000_000_000
+
+
+def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
+    """Leaves by (EAX, ECX) in; a leaf without sub-leaves stands under 0. ``gpaw`` is the physical address width."""
+    return {
+        (0, 0): (0x21, _GENU, _NTEL, _INEI),
+        (1, 0): (
+            _FAMILY_6_MODEL_94,
+            1 << 16 | 8 << 8,  # one logical processor, CLFLUSH of 64 bytes
+            _bits(_SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _MOVBE, _POPCNT, _RDRAND, _HYPERVISOR),
+            _bits(*_FPU_TO_MSR, *_PAE_TO_CX8, *_SEP_TO_PSE36, _CLFLUSH, *_MMX_TO_SSE2),
+        ),
+        (7, 0): (0, _bits(0, 3, 7, 8, 9, 18, 19, 20, 23), 0, 0),  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT
+        (0x15, 0): (1, 40, TSC_HZ // 40, 0),  # TSC = crystal * 40
+        (0x21, 0): (0, _INTE, _BLANK, _LTDX),
+        (0x4000_0000, 0): (0x4000_0001, _KVMK, _VMKV, _M),
+        (0x4000_0001, 0): (0, 0, 0, 0),
+        (0x8000_0000, 0): (0x8000_0008, 0, 0, 0),
+        (0x8000_0001, 0): (0, 0, _bits(0, 5), _bits(11, 20, 26, 27, 29)),  # LAHF LZCNT; SYSCALL NX 1G RDTSCP LM
+        (0x8000_0002, 0): _BRAND[0:4],  # type: ignore[dict-item]  # four words
+        (0x8000_0003, 0): _BRAND[4:8],  # type: ignore[dict-item]
+        (0x8000_0004, 0): _BRAND[8:12],  # type: ignore[dict-item]
+        (0x8000_0007, 0): (0, 0, 0, _bits(8)),  # invariant TSC
+        (0x8000_0008, 0): (48 << 8 | gpaw, 0, 0, 0),
+    }
