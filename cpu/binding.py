@@ -203,6 +203,7 @@ def self_test() -> None:
 
 def _identity_tables(base: int) -> bytes:
     """Page tables at ``base`` that map the first 64 KiB, and nothing else, to itself."""
+
     def table(entries: list[int]) -> bytes:
         return struct.pack("<512Q", *entries, *[0] * (512 - len(entries)))
 

@@ -14,7 +14,6 @@ from cpu.binding import RAX, RBX, RCX, RDX, REGISTER_ORDER, RSP, Engine
 from cpu.devices import Devices
 from cpu.exceptions import NAMES, WITH_ERROR_CODE, deliver
 from cpu.paging import translate
-from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import AccessKind, PhysicalMemory
 from guest.ranges import RangeSet
@@ -29,7 +28,8 @@ _SHADOW_SPACE = 0x28
 _MSR_EFER, _MSR_STAR, _MSR_LSTAR, _MSR_FMASK = 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084
 _CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1  # PG WP NE ET MP PE
 _CR4 = 1 << 5 | 1 << 9 | 1 << 10  # PAE OSFXSR OSXMMEXCPT
-_TSC_STEP_NS = 25
+_TSC_STEP_NS, _TSC_NOISE_NS = 25, 16
+"""Time between two reads of the TSC. Without noise, the kernel's jitter entropy source never believes it."""
 
 
 class Vcpu:
@@ -42,6 +42,7 @@ class Vcpu:
         self._mapped = RangeSet()
         self._address_mask = (1 << 39) - PAGE_SIZE
         self.exceptions: dict[int, int] = {}
+        self._noise = 1
         self.breakpoints: dict[int, Callable[[], None]] = {}
         self._install_hooks()
 
@@ -189,7 +190,8 @@ class Vcpu:
         return 1
 
     def _on_rdtsc(self) -> int:
-        self._machine.clock.advance(_TSC_STEP_NS)
+        self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
+        self._machine.clock.advance(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
         tsc = self._machine.clock.ns * TSC_HZ // 1_000_000_000
         self.state.regs[RAX], self.state.regs[RDX] = tsc & 0xFFFF_FFFF, tsc >> 32 & 0xFFFF_FFFF
         return 1

@@ -42,7 +42,12 @@ def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
             _bits(_SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _MOVBE, _POPCNT, _RDRAND, _HYPERVISOR),
             _bits(*_FPU_TO_MSR, *_PAE_TO_CX8, *_SEP_TO_PSE36, _CLFLUSH, *_MMX_TO_SSE2),
         ),
-        (7, 0): (0, _bits(0, 3, 7, 8, 9, 18, 19, 20, 23), 0, 0),  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT
+        (7, 0): (
+            0,
+            _bits(0, 3, 7, 8, 9, 18, 19, 20, 23),
+            0,
+            0,
+        ),  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT
         (0x15, 0): (1, 40, TSC_HZ // 40, 0),  # TSC = crystal * 40
         (0x21, 0): (0, _INTE, _BLANK, _LTDX),
         (0x4000_0000, 0): (0x4000_0001, _KVMK, _VMKV, _M),
