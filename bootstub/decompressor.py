@@ -15,6 +15,7 @@ from bootstub.vmlinux import Vmlinux, load_segments
 from guest.bitmap import GuestBitmap
 from guest.errors import FormatError
 from guest.machine import Machine
+from guest.memory import GuestMemory
 from guest.records import GuestRecord
 from guest.units import PMD_SIZE, SZ_1G, round_up
 from tdx.guest import PlatformAccept
@@ -44,7 +45,8 @@ def decompress(machine: Machine) -> None:
     vmlinux = decompress_payload(payload, at=payload_at)
     memory.write(output, vmlinux)
     kernel = load_segments(vmlinux)
-    _parse_elf(machine, kernel, output, needed)
+    _check_segments(kernel, needed)
+    place_segments(memory, kernel, output)
     machine.print(text + "Parsing ELF... No relocation needed... done.")
     machine.print("Booting the kernel.")
     machine.note(f"kernel at {output:#x}, {len(kernel.segments)} segments")
@@ -73,13 +75,18 @@ def _needed_size(params: GuestRecord, output_len: int) -> int:
     return needed
 
 
-def _parse_elf(machine: Machine, kernel: Vmlinux, output: int, needed: int) -> None:
-    """Move each segment from its place in the unpacked file to its place in memory, in the file's order."""
+def _check_segments(kernel: Vmlinux, needed: int) -> None:
+    """Refuse a segment outside the memory that the kernel needs."""
     for segment in kernel.segments:
         offset = segment.p_paddr - LOAD_PHYSICAL_ADDR
         if not 0 <= offset <= offset + segment.p_filesz <= needed:
             found = f"[{segment.p_paddr:#x}, {segment.p_paddr + segment.p_filesz:#x})"
             expected = f"a place inside the {needed:#x} bytes from {LOAD_PHYSICAL_ADDR:#x} on"
             raise FormatError("PT_LOAD", at=segment.p_offset, found=found, expected=expected, source=_SOURCE)
-        data = machine.memory.read(output + segment.p_offset, segment.p_filesz)
-        machine.memory.write(output + offset, data)
+
+
+def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
+    """Move each segment from its place in the file unpacked at ``output`` to its place in memory, in order."""
+    for segment in kernel.segments:
+        data = memory.read(output + segment.p_offset, segment.p_filesz)
+        memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)

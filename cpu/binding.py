@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from guest.errors import BootError
@@ -26,6 +27,7 @@ _SEGMENT = struct.Struct("<IIQII")
 _SEGMENT_ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
 _NO_EXCEPTION = -1
 _CPL_MASK = 3
+_TEST_TABLES, _UNMAPPED = 0x1000, 0x12_3000
 _ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
 
 REGISTER_ORDER = (
@@ -128,7 +130,12 @@ class Engine:
         self.uc.ctl_exits_enabled(True)
         self.uc.ctl_set_exits([])
         self.state.forget_exception()
-        self.uc.emu_start(rip, 0)
+        try:
+            self.uc.emu_start(rip, 0)
+        except self.unicorn.UcError as error:
+            if self.uc._hook_exception is not None:
+                raise self.uc._hook_exception from None
+            raise EngineError(f"unicorn: {error}, at {self.state.rip:#x}") from error
 
     def stop(self) -> None:
         """Stop after the hook that calls this."""
@@ -139,31 +146,43 @@ class Engine:
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         self.uc.mem_map_ptr(gpa, len(view), self.unicorn.UC_PROT_ALL, address)
 
+    def guarded(self, function: Callable[[], Any]) -> Callable[..., Any]:
+        """``function`` without arguments as a callback for C, which no exception may enter.
+
+        What it raises stops the engine and comes out of :meth:`run`, as with the binding's own hooks.
+        """
+
+        def guard(*_: object) -> Any:
+            try:
+                return function()
+            except BaseException as error:
+                self.uc._hook_exception = self.uc._hook_exception or error
+                self.uc.emu_stop()
+                return 1
+
+        return guard
+
     def hook_insn(self, instruction: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` instead of each CPUID, RDTSC or RDTSCP; it returns 1 if it did the instruction's work.
 
         The binding has such hooks for CPUID only; the library treats the three alike.
         """
-
-        def guarded(_: object, __: object) -> int:
-            try:
-                return callback()
-            except BaseException as error:  # as the binding's own guard does: an exception must not enter C
-                self.uc._hook_exception = self.uc._hook_exception or error
-                self.uc.emu_stop()
-                return 1
-
-        from unicorn.unicorn_py3.unicorn import uc_engine, uclib
-
-        function = ctypes.CFUNCTYPE(ctypes.c_uint32, uc_engine, ctypes.c_void_p)(guarded)
+        function = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p)(self.guarded(callback))
         self._callbacks.append(function)
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        self.hook_native(self.unicorn.UC_HOOK_INSN, address, 0, instruction)
+
+    def hook_native(self, kind: int, function: int, user_data: int, *arguments: int) -> None:
+        """Hook the machine code at ``function``; see uc_hook_add() in unicorn.h."""
+        from unicorn.unicorn_py3.unicorn import uclib
+
         handle = ctypes.c_size_t()
         status = uclib.uc_hook_add(
-            self.uc._uch, ctypes.byref(handle), self.unicorn.UC_HOOK_INSN, ctypes.cast(function, ctypes.c_void_p),
-            ctypes.c_void_p(0), ctypes.c_uint64(1), ctypes.c_uint64(0), ctypes.c_int(instruction),
+            self.uc._uch, ctypes.byref(handle), kind, ctypes.c_void_p(function), ctypes.c_void_p(user_data),
+            ctypes.c_uint64(1), ctypes.c_uint64(0), *(ctypes.c_int(argument) for argument in arguments),
         )  # fmt: skip
         if status != self.unicorn.UC_ERR_OK:
-            raise EngineError(f"unicorn: hook of instruction {instruction} refused with status {status}")
+            raise EngineError(f"unicorn: hook of kind {kind} refused with status {status}")
 
 
 def self_test() -> None:
@@ -173,16 +192,10 @@ def self_test() -> None:
     """
     engine = Engine()
     seen: list[tuple[int, int, int]] = []
-    code = b"\x48\xa1" + (0x123000).to_bytes(8, "little")  # mov rax, [0x123000]
-    memory = (ctypes.c_char * (1 << 16)).from_buffer(bytearray(1 << 16))
-    tables = _identity_tables(0x1000)
-    view = memoryview(memory).cast("B")
-    view[: len(code)] = code
-    view[0x1000 : 0x1000 + len(tables)] = tables
-    aligned = bytearray(0)
-    del aligned
+    code = b"\x48\xa1" + _UNMAPPED.to_bytes(8, "little")  # mov rax, [address]
     engine.uc.mem_map(0, 1 << 16)
-    engine.uc.mem_write(0, bytes(view))
+    engine.uc.mem_write(0, code)
+    engine.uc.mem_write(_TEST_TABLES, _identity_tables(_TEST_TABLES))
 
     def on_exception(uc: Any, number: int, _: object) -> None:
         seen.append((number, engine.state.old_exception, engine.state.cr[2]))
@@ -190,11 +203,11 @@ def self_test() -> None:
 
     engine.uc.hook_add(engine.unicorn.UC_HOOK_INTR, on_exception)
     const = engine.const
-    engine.uc.reg_write(const.UC_X86_REG_CR3, 0x1000)
+    engine.uc.reg_write(const.UC_X86_REG_CR3, _TEST_TABLES)
     engine.uc.reg_write(const.UC_X86_REG_CR4, 1 << 5)
     engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
     engine.run(0)
-    if seen != [(14, 14, 0x123000)] or engine.state.rip != 0:
+    if seen != [(14, 14, _UNMAPPED)] or engine.state.rip != 0:
         raise EngineError(
             f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
             f"(a page fault looks like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
@@ -244,9 +257,8 @@ def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
 
 
 def _writable_regions() -> Iterator[tuple[int, int]]:
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            where, permissions = line.split()[:2]
-            if permissions == "rw-p":
-                start, end = where.split("-")
-                yield int(start, 16), int(end, 16)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, permissions = line.split()[:2]
+        if permissions == "rw-p":
+            start, end = where.split("-")
+            yield int(start, 16), int(end, 16)

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from firmware.arena import Arena
-from firmware.efi_types import AllocateType, EfiMemoryType, EfiStatus, guid_bytes
+from firmware.efi_types import (
+    LOCATE_BY_PROTOCOL,
+    AllocateType,
+    EfiMemoryType,
+    EfiStatus,
+    guid_bytes,
+    status_name,
+)
 from firmware.memory_descriptor import (
     EFI_MEMORY_DESCRIPTOR_VERSION,
     OVMF_DESCRIPTOR_SIZE,
@@ -170,6 +177,26 @@ class EfiServices:
                 return EfiStatus.EFI_SUCCESS
         return EfiStatus.EFI_NOT_FOUND
 
+    def locate_handle(self, search: int, protocol: int, key: int, size_at: int, buffer: int) -> int:
+        """LocateHandle(), by protocol: the handles that carry it."""
+        guest = self.machine.memory
+        if search != LOCATE_BY_PROTOCOL:
+            return EfiStatus.EFI_UNSUPPORTED
+        guid = guest.read(protocol, 16)
+        handles = b"".join(h.to_bytes(8, "little") for h, carried in self.protocols.items() if guid in carried)
+        if not handles:
+            return EfiStatus.EFI_NOT_FOUND
+        room = guest.read_uint(size_at, 8)
+        guest.write_uint(size_at, len(handles), 8)
+        if room < len(handles):
+            return EfiStatus.EFI_BUFFER_TOO_SMALL
+        guest.write(buffer, handles)
+        return EfiStatus.EFI_SUCCESS
+
+    def exit(self, image: int, status: int, size: int, data: int) -> int:
+        """Exit(): the image gives up."""
+        raise self.machine.panic(f"the image called Exit with {status_name(status)}")
+
     def install_configuration_table(self, guid_at: int, table: int) -> int:
         """InstallConfigurationTable(): add, replace, or (with a null ``table``) remove."""
         guest, entry_size = self.machine.memory, EFI_CONFIGURATION_TABLE.sizeof()
@@ -211,7 +238,9 @@ class EfiServices:
             "AllocatePool": self.allocate_pool,
             "FreePool": self.free_pool,
             "HandleProtocol": self.handle_protocol,
+            "LocateHandle": self.locate_handle,
             "LocateProtocol": self.locate_protocol,
+            "Exit": self.exit,
             "LocateDevicePath": self.locate_device_path,
             "InstallConfigurationTable": self.install_configuration_table,
             "ExitBootServices": self.exit_boot_services,

@@ -51,11 +51,24 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
-    stack = arena.reserve(EfiMemoryType.EfiBootServicesData, _STACK_SIZE)
-    machine.regs.rsp = stack + _STACK_SIZE
+    machine.regs.rsp = _stack(services)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
+
+
+def _stack(services: EfiServices) -> int:
+    """A stack with the image's return address on it; returns RSP at the image's entry."""
+    machine = services.machine
+
+    def returned() -> int:
+        raise machine.panic("the image returned to the firmware")
+
+    (gate,) = services.install_gates((("return", 0),), EfiMemoryType.EfiBootServicesCode, returned)
+    stack = services.arena.reserve(EfiMemoryType.EfiBootServicesData, _STACK_SIZE)
+    rsp = stack + _STACK_SIZE - 8
+    machine.memory.write_uint(rsp, gate, 8)
+    return rsp
 
 
 def _ovmf_map(machine: Machine, resources: list[Resource]) -> MemoryMap:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.decompressor import decompress
@@ -35,6 +36,12 @@ from tdx.module import TdConfig, TdxModule
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host, q35_ram
 
+if TYPE_CHECKING:  # unicorn is an extra
+    from cpu.run import RealCode, RunOptions
+
+GPAW = 52
+GPAW_REAL_CODE = 40
+"""Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
 DEFAULT_CMDLINE = "nokaslr efi=debug"
 
 
@@ -43,7 +50,8 @@ class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
-    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB.
+    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
+    kernel image runs as real code (a key of ``RUNS``), and ``options`` how far.
     """
 
     kernel: bytes
@@ -54,7 +62,8 @@ class BootConfig:
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
     host_level: int = LEVEL_2M
-    gpaw: int = 52
+    run: str | None = None
+    options: RunOptions | None = None
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -69,12 +78,15 @@ class Boot:
         self.sept = SecureEpt()
         self.physical = PhysicalMemory()
         """The bytes without the gate: for looking on from outside, never for a stage."""
-        td, ram = TdConfig(config.gpaw), _ram(config)
+        td, ram = TdConfig(GPAW if config.run is None else GPAW_REAL_CODE), _ram(config)
         self.host = Host(
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.stages = STAGES if config.run is None else RUNS[config.run]
+        self.real_code: RealCode | None = None
+        self.progress: Callable[[int], None] | None = None
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
@@ -83,7 +95,8 @@ class Boot:
     @property
     def next_stage(self) -> str | None:
         """Name of the stage that :meth:`step` would run; None after the last."""
-        return STAGE_NAMES[len(self.done)] if len(self.done) < len(STAGES) else None
+        names = tuple(self.stages)
+        return names[len(self.done)] if len(self.done) < len(names) else None
 
     def step(self) -> str:
         """Run the next stage and return its name. What ends the guest leaves as ``BootError``."""
@@ -92,7 +105,7 @@ class Boot:
             raise ValueError("step: the boot is over")
         self.trace.stage = name
         self.trace.add(StageBegin())
-        STAGES[name](self)
+        self.stages[name](self)
         self.trace.add(StageEnd())
         self.done.append(name)
         return name
@@ -147,6 +160,30 @@ def _runtime(boot: Boot) -> None:
     runtime(boot.kernel, list(boot.config.script))
 
 
+def _real_code(boot: Boot) -> RealCode:
+    """The vCPU of this boot, made when the first real code runs."""
+    if boot.real_code is None:
+        from cpu.run import RealCode, RunOptions
+
+        config = boot.config
+        options = config.options or RunOptions()
+        boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
+    return boot.real_code
+
+
+def _real_stub(boot: Boot) -> None:
+    _real_code(boot).stub()
+    boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+
+
+def _real_decompressor(boot: Boot) -> None:
+    _real_code(boot).decompressor()
+
+
+def _real_kernel(boot: Boot) -> None:
+    _real_code(boot).kernel()
+
+
 STAGES: dict[str, Callable[[Boot], None]] = {
     "host": _host,
     "firmware": _firmware,
@@ -157,6 +194,12 @@ STAGES: dict[str, Callable[[Boot], None]] = {
     "runtime": _runtime,
 }
 STAGE_NAMES = tuple(STAGES)
+RUNS: dict[str, dict[str, Callable[[Boot], None]]] = {
+    "stub": {name: stage for name, stage in STAGES.items() if name != "decompress"} | {"efi-stub": _real_stub},
+    "decompressor": STAGES | {"decompress": _real_decompressor},
+    "kernel": {"host": _host, "firmware": _firmware, "efi-stub": _real_stub, "kernel": _real_kernel},
+}
+"""The stages where real machine code takes the place of ours. The stub of a newer kernel unpacks it too."""
 KERNEL_STAGES = ("setup-arch", "mm-init", "runtime")
 """The stages whose output is the kernel's log."""
 

@@ -1,0 +1,145 @@
+"""Real machine code in place of our stages: the EFI stub, the decompressor, the kernel.
+
+Each starts from the registers and memory that the stage before it left, ours or a real one, and leaves the same
+for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bootstub.bzimage import parse_bzimage
+from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
+from cpu.answer import find_payload_users, unpack_kernel
+from cpu.binding import RAX, RDI, RSI, RSP, self_test
+from cpu.counter import BlockCounter
+from cpu.devices import Devices
+from cpu.vcpu import Vcpu
+from firmware.pe import parse_pe
+from guest.machine import Machine
+from guest.memory import PhysicalMemory
+from guest.trace import Print, Record
+from guest.units import round_up
+from tdx.events import TdCall
+from tdx.leaves import Leaf
+
+TICK_BLOCKS = 1 << 22
+UNTIL_ACCEPT = "accept"
+
+
+class _Reached(Exception):
+    """The run came to where it was to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How far to run the real code.
+
+    ``full``: run the decompression too, instead of answering it from outside. ``until``: stop when the kernel puts
+    out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic blocks.
+    """
+
+    full: bool = False
+    until: str | None = None
+    timeout: int | None = None
+
+
+class RealCode:
+    """A vCPU that runs the code of ``image``, a bzImage that the firmware has loaded.
+
+    ``progress`` is called with the number of basic blocks every few million of them.
+    """
+
+    def __init__(
+        self, machine: Machine, physical: PhysicalMemory, image: bytes, options: RunOptions,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        self_test()
+        self._machine, self._image, self._options, self._progress = machine, image, options, progress
+        self.vcpu = Vcpu(machine, physical, Devices(machine.print))
+        self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
+        self._entry: int | None = None
+
+    def stub(self) -> None:
+        """Run the EFI stub from its PE entry point to the kernel's door; newer stubs unpack the kernel too."""
+        base = self._machine.regs.rip - parse_pe(self._image).entry_point
+        self._run_to_the_door(base, answer=not self._options.full)
+
+    def decompressor(self) -> None:
+        """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself.
+
+        It first moves itself to the end of the memory that it unpacks into.
+        Source: arch/x86/boot/compressed/head_64.S, startup_64.
+        """
+        header = parse_bzimage(self._image)
+        startup_32 = self._machine.regs.rip - STARTUP_64_OFFSET
+        output = max(round_up(startup_32, header.kernel_alignment), LOAD_PHYSICAL_ADDR)
+        moved = output + header.init_size - parse_pe(self._image).size_of_image
+        self._run_to_the_door(moved, answer=False)
+
+    def kernel(self) -> None:
+        """Run the kernel from its entry point, until it is told to stop or stops itself."""
+        trace = self._machine.trace
+        trace.watchers.append(self._watch)
+        try:
+            self.vcpu.run(self._machine.regs.rip)
+        except _Reached:
+            self._machine.note(f"stopped at {self._options.until!r}")
+        finally:
+            trace.watchers.remove(self._watch)
+            self._machine.regs = self.vcpu.registers()
+
+    def _run_to_the_door(self, base: int, answer: bool) -> None:
+        """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
+        for offset in find_payload_users(self._image):
+            self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
+        self.vcpu.start(self._machine.regs)
+        self.vcpu.run(self._machine.regs.rip)
+        self._machine.regs = self.vcpu.registers()
+        if self._entry is None or self._machine.regs.rip != self._entry:
+            raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
+        self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
+
+    def _on_unpacking(self, answer: bool) -> None:
+        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
+
+        A kernel that is to move in virtual memory needs its relocations applied, which only the real code does.
+        """
+        regs = self.vcpu.state.regs
+        output = regs[RDI]
+        if answer and regs[RSI] == LOAD_PHYSICAL_ADDR:
+            offset = unpack_kernel(self._machine.memory, self._image, output)
+            self._expect_entry(output + offset)
+            self.vcpu.return_from_function(offset)
+            return
+        return_address = int.from_bytes(self.vcpu.read(regs[RSP], 8), "little")
+        self.vcpu.break_at(return_address, lambda: self._expect_entry(self._entry_of(output, regs[RAX])))
+
+    @staticmethod
+    def _entry_of(output: int, value: int) -> int:
+        """decompress_kernel() returns the entry's offset, extract_kernel() its address."""
+        return value if value >= LOAD_PHYSICAL_ADDR else output + value
+
+    def _expect_entry(self, entry: int) -> None:
+        def stop() -> None:
+            del self.vcpu.breakpoints[entry]
+            self.vcpu.engine.stop()
+
+        self._entry = entry
+        self.vcpu.break_at(entry, stop)
+
+    def _watch(self, record: Record) -> None:
+        until = self._options.until
+        if until is None:
+            return
+        accept = isinstance(record.event, TdCall) and record.event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
+        printed = isinstance(record.event, Print) and until in record.event.text
+        if accept if until == UNTIL_ACCEPT else printed:
+            raise _Reached
+
+    def _tick(self) -> None:
+        if self._progress is not None:
+            self._progress(self.counter.count)
+        if self._options.timeout is not None and self.counter.count >= self._options.timeout:
+            raise self._machine.panic(f"stopped after {self.counter.count} basic blocks (--timeout)")
