@@ -17,6 +17,7 @@ from cpu.counter import BlockCounter
 from cpu.devices import Devices
 from cpu.vcpu import Vcpu
 from firmware.pe import parse_pe
+from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.trace import Print, Record
@@ -26,6 +27,9 @@ from tdx.leaves import Leaf
 
 TICK_BLOCKS = 1 << 22
 UNTIL_ACCEPT = "accept"
+PANIC_END = "---[ end Kernel panic"
+END_LINES = ("unaccepted-init: done", "reboot: System halted", "reboot: Power down")
+"""What is put out when there is nothing more to come."""
 
 
 class _Reached(Exception):
@@ -130,12 +134,15 @@ class RealCode:
         self.vcpu.break_at(entry, stop)
 
     def _watch(self, record: Record) -> None:
-        until = self._options.until
-        if until is None:
+        """Stop where the user said, and where the kernel says that it goes no further."""
+        event, until = record.event, self._options.until
+        if until == UNTIL_ACCEPT and isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+            raise _Reached
+        if not isinstance(event, Print):
             return
-        accept = isinstance(record.event, TdCall) and record.event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
-        printed = isinstance(record.event, Print) and until in record.event.text
-        if accept if until == UNTIL_ACCEPT else printed:
+        if PANIC_END in event.text:
+            raise GuestPanic(record.stage, event.text.partition(PANIC_END)[2].strip(" -:[]"))
+        if any(text in event.text for text in (until, *END_LINES) if text is not None):
             raise _Reached
 
     def _tick(self) -> None:

@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from guest.errors import BootError
+from guest.trace import Record
 from tools.cli import script
 from tools.config import add_options, boot_config
-from tools.pipeline import STAGE_NAMES, Boot
-from tools.render import add_json_option, json_text, log_lines, print_table, record_json, summary_json, summary_rows
+from tools.pipeline import STAGE_NAMES, Boot, stages_of
+from tools.render import (
+    LogText,
+    add_json_option,
+    json_text,
+    log_lines,
+    print_table,
+    record_json,
+    summary_json,
+    summary_rows,
+)
 from tools.report import summarize
+
+_UNTIL = (
+    f"stop after a stage ({', '.join(STAGE_NAMES)}), or, with --run, when the kernel prints TEXT; "
+    "`accept` stops at its first accept"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_options(parser)
-    parser.add_argument("--until", metavar="STAGE", choices=STAGE_NAMES, help=f"stop after: {', '.join(STAGE_NAMES)}")
+    parser.add_argument("--until", metavar="STAGE|TEXT", help=_UNTIL)
     parser.add_argument("--save", metavar="DIR", help="write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl")
     add_json_option(parser)
     parser.add_argument("--timing", action="store_true", help="print how long the boot took on this machine")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Boot. A guest that dies leaves its log and table, then its error."""
-    boot = Boot(boot_config(args))
+    config = boot_config(args)
+    stage = args.until if args.until in stages_of(config) else None
+    if args.until is not None and stage is None:
+        if config.run is None:
+            args.usage_error(f"--until: {args.until!r} is no stage: {', '.join(stages_of(config))}")
+        config = replace(config, until=args.until)
+    boot = Boot(config)
     save = _directory(args.save) if args.save else None
+    if not args.json:
+        _print_as_it_comes(boot)
     start = time.perf_counter()
     death: BootError | None = None
     try:
-        boot.run(args.until)
+        boot.run(stage)
     except BootError as error:
         death = error
     elapsed = time.perf_counter() - start
     if args.json:
         print(json_text(_json(boot, death), args.json))
     else:
-        for line in log_lines(boot.trace.records):
-            print(line)
         print()
         print_table(*summary_rows(summarize(boot.trace.records)))
     if args.timing:
@@ -49,6 +73,19 @@ def run(args: argparse.Namespace) -> int:
     if death is not None:
         raise death
     return 0
+
+
+def _print_as_it_comes(boot: Boot) -> None:
+    """Print the log while the boot runs; with real code, also say on a terminal how far it is."""
+    log = LogText()
+
+    def on_record(record: Record) -> None:
+        for line in log.lines(record):
+            print(line, flush=boot.config.run is not None)
+
+    boot.trace.watchers.append(on_record)
+    if sys.stderr.isatty():
+        boot.progress = lambda blocks: print(f"\r{blocks >> 20} Mi basic blocks\r", end="", file=sys.stderr)
 
 
 def _json(boot: Boot, death: BootError | None) -> dict[str, Any]:

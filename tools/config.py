@@ -14,10 +14,12 @@ from typing import Any
 
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, SZ_1G, memparse
-from tools.pipeline import DEFAULT_CMDLINE, BootConfig
+from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
+_MAX_TIMEOUT = 1 << 20
+_MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _HOST_LEVELS = {"4K": 0, "2M": 1}
 
@@ -89,6 +91,19 @@ def _protocol(text: str) -> Any:
     return _choice("--protocol", dict(PROTOCOLS))(text)
 
 
+def _run(text: str) -> Any:
+    from tools.pipeline import RUNS
+
+    return _choice("--run", {name: name for name in RUNS})(text)
+
+
+def _timeout(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= _MAX_TIMEOUT:
+        expected = f"a number from 1 to {_MAX_TIMEOUT}"
+        raise FormatError("--timeout", found=repr(text), expected=expected, source=_SOURCE)
+    return int(text) * 1_000_000
+
+
 def _script(path: str) -> Any:
     from kernel.runtime import parse_script
 
@@ -107,6 +122,8 @@ OPTIONS = (
         "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default) or 4K",
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
     ),
+    Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
+    Option("timeout", "N", "end real code after N million basic blocks", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
 )  # fmt: skip
 
@@ -116,6 +133,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the guest")
     for option in OPTIONS:
         group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
+    group.add_argument("--full", action="store_true", help="with --run: run the decompression too, do not answer it")
     group.add_argument("--config", metavar="FILE.toml", help="any of these options, by name, in TOML")
 
 
@@ -127,11 +145,26 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     if "memory" in texts and "efi-map" in texts:
         raise FormatError("--memory", found="with --efi-map", expected="one of the two", source=_SOURCE)
     fields = {option.field: option.read(texts[option.name]) for option in OPTIONS if option.name in texts}
+    if "run" in fields:
+        _check_run(fields)
+        fields["full"] = args.full
     if "kernel" not in fields:
         from bootstub.sample_kernel import sample_bzimage
 
         fields["kernel"] = sample_bzimage()
     return BootConfig(**fields)
+
+
+def _check_run(fields: dict[str, Any]) -> None:
+    """Real code needs a real kernel, and a console to print to; and its processor has 40 bits of address."""
+    if "kernel" not in fields:
+        raise FormatError("--run", found="no --kernel", expected="the bzImage to run", source=_SOURCE)
+    if fields["run"] == "kernel":
+        fields.setdefault("cmdline", REAL_KERNEL_CMDLINE)
+    if fields.get("memory", 0) > _MAX_REAL_MEMORY:
+        raise FormatError(
+            "--memory", found=f"{fields['memory']} bytes", expected="at most 256G with --run", source=_SOURCE
+        )
 
 
 def _from_toml(path: str) -> dict[str, str]:
