@@ -16,12 +16,13 @@ from cpu.binding import RAX, RDI, RSI, RSP, self_test
 from cpu.counter import BlockCounter
 from cpu.devices import Devices
 from cpu.vcpu import Vcpu
+from firmware.efi_types import EfiStatus
 from firmware.pe import parse_pe
 from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
-from guest.trace import Print, Record
-from guest.units import round_up
+from guest.trace import Print, Record, ServiceCall
+from guest.units import PAGE_SHIFT, round_up
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 
@@ -66,21 +67,23 @@ class RealCode:
         self._entry: int | None = None
 
     def stub(self) -> None:
-        """Run the EFI stub from its PE entry point to the kernel's door; newer stubs unpack the kernel too."""
-        base = self._machine.regs.rip - parse_pe(self._image).entry_point
-        self._run_to_the_door(base, answer=not self._options.full)
+        """Run the EFI stub from its PE entry point to the kernel's door.
+
+        Newer stubs unpack the kernel themselves; an older one goes on into the decompressor, in the memory that it
+        allocated for that.
+        """
+        trace = self._machine.trace
+        trace.watchers.append(self._on_allocation)
+        try:
+            base = self._machine.regs.rip - parse_pe(self._image).entry_point
+            self._run_to_the_door(base, answer=not self._options.full)
+        finally:
+            trace.watchers.remove(self._on_allocation)
 
     def decompressor(self) -> None:
-        """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself.
-
-        It first moves itself to the end of the memory that it unpacks into.
-        Source: arch/x86/boot/compressed/head_64.S, startup_64.
-        """
-        header = parse_bzimage(self._image)
+        """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself."""
         startup_32 = self._machine.regs.rip - STARTUP_64_OFFSET
-        output = max(round_up(startup_32, header.kernel_alignment), LOAD_PHYSICAL_ADDR)
-        moved = output + header.init_size - parse_pe(self._image).size_of_image
-        self._run_to_the_door(moved, answer=False)
+        self._run_to_the_door(self._moved(startup_32), answer=False)
 
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
@@ -96,14 +99,34 @@ class RealCode:
 
     def _run_to_the_door(self, base: int, answer: bool) -> None:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
-        for offset in find_payload_users(self._image):
-            self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
+        self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
         self.vcpu.run(self._machine.regs.rip)
         self._machine.regs = self.vcpu.registers()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
         self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
+
+    def _moved(self, startup_32: int) -> int:
+        """Where the image lies once the decompressor at ``startup_32`` has moved itself out of its own way.
+
+        That is the end of the memory that it unpacks into. Source: arch/x86/boot/compressed/head_64.S, startup_64.
+        """
+        header = parse_bzimage(self._image)
+        output = max(round_up(startup_32, header.kernel_alignment), LOAD_PHYSICAL_ADDR)
+        return output + header.init_size - parse_pe(self._image).size_of_image
+
+    def _on_allocation(self, record: Record) -> None:
+        """The stub allocated room for the kernel: if it goes on into the decompressor, that will be there."""
+        match record.event:
+            case ServiceCall("AllocatePages", (_, _, pages, at), EfiStatus.EFI_SUCCESS):
+                if pages << PAGE_SHIFT >= parse_bzimage(self._image).init_size:
+                    address = self._machine.memory.read_uint(at, 8)
+                    self._break_at_unpacking(self._moved(address), answer=False)
+
+    def _break_at_unpacking(self, base: int, answer: bool) -> None:
+        for offset in find_payload_users(self._image):
+            self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
         """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
