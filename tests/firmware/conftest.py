@@ -94,15 +94,20 @@ class Efi:
 
     def allocate_pages(self, type: int, memory_type: int, pages: int, address: int = 0) -> tuple[int, int]:
         """AllocatePages(): status and what stands in ``*Memory`` afterwards."""
-        self.memory.write_uint(SCRATCH, address, 8)
-        status = self.call("AllocatePages", type, memory_type, pages, SCRATCH)
-        return status, self.memory.read_uint(SCRATCH, 8)
+        return self._with_pointer(address, "AllocatePages", type, memory_type, pages)
 
     def allocate_pool(self, memory_type: int, size: int) -> tuple[int, int]:
         """AllocatePool(): status and what stands in ``*Buffer`` afterwards."""
-        self.memory.write_uint(SCRATCH, 0, 8)
-        status = self.call("AllocatePool", memory_type, size, SCRATCH)
-        return status, self.memory.read_uint(SCRATCH, 8)
+        return self._with_pointer(0, "AllocatePool", memory_type, size)
+
+    def _with_pointer(self, value: int, name: str, *args: int) -> tuple[int, int]:
+        """Call a service whose last argument points to a 64-bit ``value``, between bytes that must stay."""
+        around = b"\xa5" * 8
+        self.memory.write(SCRATCH, around + value.to_bytes(8, "little") + around)
+        status = self.call(name, *args, SCRATCH + 8)
+        found = self.memory.read(SCRATCH, 24)
+        assert found[:8] == found[16:] == around
+        return status, int.from_bytes(found[8:16], "little")
 
     def memory_map(self, room: int = 0x8000) -> tuple[int, int, int, int, int, bytes]:
         """GetMemoryMap(): status, size, key, DescriptorSize, DescriptorVersion and the buffer."""

@@ -7,7 +7,9 @@ import pytest
 from firmware import hob, memory_descriptor, pe, tables, tdvf
 from firmware.efi_types import (
     ACPI_20_TABLE_GUID,
+    CACHEABLE,
     EFI_LOADED_IMAGE_PROTOCOL_GUID,
+    EfiMemoryAttribute,
     EfiMemoryType,
     EfiStatus,
     guid_bytes,
@@ -96,6 +98,44 @@ def test_every_record_of_the_firmware_is_in_the_table():
     }
     known = {id(bare(row[1])) for row in LAYOUTS}
     assert {name for key, name in declared.items() if key not in known} == set()
+
+
+ARGUMENTS = {
+    1: "RaiseTPL RestoreTPL FreePool SignalEvent CloseEvent CheckEvent UnloadImage GetNextMonotonicCount Stall "
+    "SetTime GetNextHighMonotonicCount",
+    2: "FreePages InstallConfigurationTable ExitBootServices GetTime SetWakeupTime ConvertPointer",
+    3: "AllocatePool SetTimer WaitForEvent UninstallProtocolInterface HandleProtocol RegisterProtocolNotify "
+    "LocateDevicePath StartImage DisconnectController ProtocolsPerHandle LocateProtocol CalculateCrc32 CopyMem "
+    "SetMem GetWakeupTime GetNextVariableName UpdateCapsule",
+    4: "AllocatePages InstallProtocolInterface ReinstallProtocolInterface Exit SetWatchdogTimer ConnectController "
+    "CloseProtocol OpenProtocolInformation SetVirtualAddressMap ResetSystem QueryCapsuleCapabilities "
+    "QueryVariableInfo",
+    5: "GetMemoryMap CreateEvent LocateHandle LocateHandleBuffer GetVariable SetVariable",
+    6: "LoadImage OpenProtocol CreateEventEx",
+}
+"""Services by their number of arguments, from the prototypes in chapters 7 and 8 of UEFI 2.10."""
+
+
+def test_services_take_the_arguments_of_their_prototypes():
+    """Each service that has a fixed number of arguments has the specification's."""
+    typed = {name: count for count, names in ARGUMENTS.items() for name in names.split()}
+    variable = {"InstallMultipleProtocolInterfaces", "UninstallMultipleProtocolInterfaces"}
+    declared = dict(tables.BOOT_SERVICES + tables.RUNTIME_SERVICES)
+    assert {name: count for name, count in declared.items() if name not in variable | {"Reserved"}} == typed
+
+
+def test_attributes_have_their_bits():
+    """Attribute bits as in section 7.2.3 of the specification."""
+    bits = {
+        attribute.name.removeprefix("EFI_MEMORY_"): attribute.value.bit_length() - 1
+        for attribute in EfiMemoryAttribute
+    }
+    assert bits == {
+        "UC": 0, "WC": 1, "WT": 2, "WB": 3, "UCE": 4, "WP": 12, "RP": 13, "XP": 14, "NV": 15, "MORE_RELIABLE": 16,
+        "RO": 17, "SP": 18, "CPU_CRYPTO": 19, "HOT_PLUGGABLE": 20, "RUNTIME": 63,
+    }  # fmt: skip
+    assert all(attribute.value.bit_count() == 1 for attribute in EfiMemoryAttribute)
+    assert CACHEABLE == 0b1111
 
 
 def test_guids_are_stored_with_three_little_endian_fields():

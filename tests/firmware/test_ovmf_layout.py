@@ -99,6 +99,17 @@ def test_ram_without_room_for_the_firmware_is_refused(ranges):
     assert (refused.value.what, refused.value.source) == ("RAM below 4 GiB", "TD HOB list")
 
 
+@pytest.mark.parametrize("end", [32 << 20, 0x2EE_F000])
+def test_a_small_machine_is_told_how_much_it_needs(end):
+    """If only the size is wrong, the error says where RAM ends and where it should."""
+    with pytest.raises(FormatError) as refused:
+        low_memory([Resource(UNACCEPTED, 0, end)])
+    error = refused.value
+    assert (error.at, error.found) == (end, f"an end at {end:#x}")
+    assert error.expected == "at least 0x2ef0000 for the firmware"
+    assert low_memory([Resource(UNACCEPTED, 0, 0x2EF_0000)])[-1].end == 0x2EF_0000
+
+
 def test_other_resources_are_no_ram():
     """MMIO, reserved and unknown resources do not enter the map."""
     resources = resources_of(q35_ram(SZ_2G))

@@ -42,6 +42,20 @@ def test_the_sample_kernel_is_a_pe_image():
     assert image.pieces == ((0, data[:setup]), (setup, data[setup:]))
 
 
+def test_a_section_may_end_where_file_and_image_end(pe_image):
+    """The last byte of the file may be the last byte of the image."""
+    image = bytes(pe_image([(0x1000, 0x3000, 0x1000, b"z" * 0x1000)]))
+    assert parse_pe(image).pieces[1] == (0x3000, b"z" * 0x1000)
+
+
+def test_96_sections_are_the_most(pe_image):
+    """As many sections as the Windows loader takes are taken."""
+    image = pe_image([])
+    image[0x86:0x88] = struct.pack("<H", 96)
+    image += bytes(0x1000)
+    assert len(parse_pe(bytes(image)).pieces) == 97
+
+
 FALSIFIED = [
     # what is stored where, and the error that follows: what, at, found, expected
     ("<2s", 0, b"ZM", "PE image", 0, b"ZM", b"MZ"),

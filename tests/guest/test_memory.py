@@ -172,6 +172,13 @@ def test_integers_are_little_endian(make_bench, size, value):
         assert memory.read_uint(BORDER - 3, size) == value
 
 
+def test_a_clear_of_the_guest_stores_zeros(bench):
+    """What the guest clears reads as zero, to the byte."""
+    bench.memory.write(0x1000, b"x" * 0x3000)
+    bench.memory.clear(0x1800, 0x3001)
+    assert bench.physical.read(0x1000, 0x3000) == b"x" * 0x800 + bytes(0x1801) + b"x" * 0xFFF
+
+
 def test_views_cover_a_range_piece_by_piece(bench):
     """The pieces of a range are writable views of the memory, in ascending order."""
     for address, view in bench.memory.views(BORDER - 2, BORDER + 3, "write"):

@@ -114,6 +114,11 @@ def test_a_range_outside_the_address_space_is_refused(start, end):
     assert list(found) == [(8, 16)]
 
 
+def test_the_top_is_64_bits():
+    """The last address of a map is 2^64 - 1."""
+    assert TOP == 0x1_0000_0000_0000_0000
+
+
 def test_touching_ranges_are_one():
     """Ranges that touch are one range, and one address between them keeps them apart."""
     assert list(RangeSet([(0, 4), (4, 8)])) == [(0, 8)]

@@ -6,7 +6,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guest import units
+from guest.registers import MASK64
 from guest.units import DIV_ROUND_UP, PFN_DOWN, PFN_PHYS, PFN_UP, memparse, round_down, round_up, size_text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("PAGE_SHIFT", 12), ("PAGE_SIZE", 4096), ("PMD_SHIFT", 21), ("PMD_SIZE", 2_097_152), ("PUD_SHIFT", 30),
+        ("PUD_SIZE", 1_073_741_824), ("SZ_64K", 65_536), ("SZ_1M", 1_048_576), ("SZ_2M", 2_097_152),
+        ("SZ_4M", 4_194_304), ("SZ_16M", 16_777_216), ("SZ_32M", 33_554_432), ("SZ_64M", 67_108_864),
+        ("SZ_128M", 134_217_728), ("SZ_1G", 1_073_741_824), ("SZ_2G", 2_147_483_648),
+        ("SZ_4G", 4_294_967_296), ("BITS_PER_BYTE", 8), ("PHYSICAL_ADDRESS_BITS", 52),
+        ("PHYSICAL_ADDRESS_END", 4_503_599_627_370_496),
+    ],
+)  # fmt: skip
+def test_sizes_are_what_their_names_say(name, value):
+    """Every constant is the number that its name stands for."""
+    assert getattr(units, name) == value
+
+
+def test_registers_have_64_bits():
+    """The mask of a register is 64 ones."""
+    assert MASK64 == 0xFFFF_FFFF_FFFF_FFFF
 
 
 @pytest.mark.parametrize(
