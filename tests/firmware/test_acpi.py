@@ -23,6 +23,7 @@ def test_acpi_tables_add_up_to_zero(efi):
     signature, _, oem, revision, rsdt, length, xsdt_at, _ = struct.unpack("<8sB6sBIIQB3x", rsdp)
     assert (signature, oem, revision, rsdt, length) == (b"RSD PTR ", b"UNACPT", 2, 0, 36)
     assert sum(rsdp[:20]) % 256 == sum(rsdp) % 256 == 0
+    assert rsdp[33:] == bytes(3)
     xsdt = efi.memory.read(xsdt_at, 36)
     assert struct.unpack_from("<4sIB", xsdt) == (b"XSDT", 36, 1)
     assert sum(xsdt) % 256 == 0

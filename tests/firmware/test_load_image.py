@@ -52,6 +52,12 @@ def test_an_image_that_cannot_have_its_base_goes_to_the_top(efi, pe_image, base)
     assert efi.memory.read(image.base + 0x1000, 0x800) == b"k" * 0x800
 
 
+@pytest.mark.parametrize("base", [0x10_0000, 0x7F_C000])
+def test_a_base_may_be_just_inside_free_memory(efi, pe_image, base):
+    """1 MiB is the lowest base, and an image may end where somebody else's memory begins."""
+    assert load_image(efi.services, FwCfg(bytes(pe_image(SECTIONS, ImageBase=base)))).base == base
+
+
 def test_an_image_without_room_stops_the_firmware(efi, pe_image):
     """If no free range is large enough, LoadImage gives up."""
     efi.allocate_pages(2, 2, 0x2_0000, 0x2000_0000)

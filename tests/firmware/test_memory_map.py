@@ -104,7 +104,7 @@ class MapModel(RuleBasedStateMachine):
 
 
 TestMapModel = MapModel.TestCase
-TestMapModel.settings = settings(max_examples=60, stateful_step_count=40)
+TestMapModel.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_regions_keep_their_order_and_borders():

@@ -71,6 +71,13 @@ def test_low_pages_have_the_types_of_the_metadata():
     ]  # fmt: skip
 
 
+def test_flash_and_configuration_space_are_listed():
+    """PCIe configuration space is reserved, and the flash is MMIO that the runtime services use."""
+    assert [(d.type, d.start, d.end, d.attribute) for d in MMIO] == [
+        (0, 0xE000_0000, 0xF000_0000, 0), (11, 0xFFC0_0000, SZ_4G, RUNTIME)
+    ]  # fmt: skip
+
+
 def test_sections_of_the_built_in_firmware_are_those_of_the_4m_build():
     """Code and variables fill the flash below 4 GiB; the rest lies in the MEMFD, without overlap."""
     assert [(s.address, s.memory_size, s.type, s.attributes) for s in BUILT_IN_SECTIONS] == [

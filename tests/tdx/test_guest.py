@@ -167,7 +167,7 @@ around_2m = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(around_2m, min_size=2, max_size=2).map(sorted),
     st.lists(st.lists(around_2m, min_size=2, max_size=2).map(sorted), max_size=2),
