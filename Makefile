@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made on first use.
 #
-#   make boot ARGS="--memory 4G"   boot a guest
+#   make boot ARGS="..."           boot a guest; ARGS go to the command (and to pytest, and to the benchmark)
 #   make test                      all tests, with Debian's kernel and OVMF if they can be had
 #   make lint types                ruff; mypy
 #   make artefacts                 get Debian's kernel and OVMF for the tests

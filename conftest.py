@@ -38,25 +38,25 @@ def _exact(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def debian_kernel() -> Path:
     """Debian's linux-image-6.12-cloud-amd64, the bzImage."""
     return _artefact("vmlinuz")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def debian_ovmf() -> Path:
     """Debian's OVMF.fd."""
     return _artefact("OVMF.fd")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def exact_debian_kernel(debian_kernel: Path) -> Path:
     """The version of ``debian_kernel`` whose numbers the tests know."""
     return _exact(debian_kernel)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def exact_debian_ovmf(debian_ovmf: Path) -> Path:
     """The version of ``debian_ovmf`` whose numbers the tests know."""
     return _exact(debian_ovmf)

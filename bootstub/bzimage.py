@@ -154,14 +154,10 @@ def _check_loading(hdr: Any) -> None:
 
 def _check_sizes(hdr: Any, protected: int, file_size: int) -> None:
     """The parts lie inside each other: payload and entry points in the code, the code in the file."""
-    _require(
-        protected < file_size, "setup_sects", f"{hdr.setup_sects}", f"setup inside the {file_size} bytes of file"
-    )
+    _require(protected < file_size, "setup_sects", f"{hdr.setup_sects}", f"setup inside the {file_size} bytes of file")
     code_size = hdr.syssize * _PARAGRAPH
     available = file_size - protected
-    _require(
-        0 < code_size <= available, "syssize", f"{code_size} bytes", f"from 1 to {available} bytes left in file"
-    )
+    _require(0 < code_size <= available, "syssize", f"{code_size} bytes", f"from 1 to {available} bytes left in file")
     _require(
         hdr.payload_offset < code_size,
         "payload_offset",

@@ -141,9 +141,7 @@ class _Stub:
         self._efi.free_pool(memmap.gpa)
         for d in sorted(descriptors, key=lambda d: d.start):
             start = round_up(max(d.start, LOAD_PHYSICAL_ADDR), max(align, PAGE_SIZE))
-            if d.type != EfiMemoryType.EfiConventionalMemory or start + init_size > min(
-                d.end, PHYSICAL_ADDRESS_END
-            ):
+            if d.type != EfiMemoryType.EfiConventionalMemory or start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
                 continue
             if self._efi.allocate_pages_at(start, init_size):
                 return start

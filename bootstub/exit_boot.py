@@ -137,9 +137,7 @@ class ExitBoot:
         """exit_boot_func(): efi_info names the map that the kernel will read."""
         self._machine.memory.write(
             memmap.gpa - EFI_BOOT_MEMMAP.size,
-            EFI_BOOT_MEMMAP.pack(
-                memmap.map_size, memmap.desc_size, memmap.desc_ver, memmap.map_key, memmap.buff_size
-            ),
+            EFI_BOOT_MEMMAP.pack(memmap.map_size, memmap.desc_size, memmap.desc_ver, memmap.map_key, memmap.buff_size),
         )
         params, system_table = self._boot_params, self._efi.system_table.gpa
         params["efi_info.efi_loader_signature"] = EFI64_LOADER_SIGNATURE
@@ -181,10 +179,7 @@ class ExitBoot:
         if last is not None and last.type == kind and last.addr + last.size == d.start:
             entries[-1] = BootE820Entry(last.addr, last.size + d.end - d.start, kind)
             return
-        if (
-            len(entries) == E820_MAX_ENTRIES_ZEROPAGE
-            and self._e820ext_size < left * _ENTRY_SIZE + _SETUP_DATA_SIZE
-        ):
+        if len(entries) == E820_MAX_ENTRIES_ZEROPAGE and self._e820ext_size < left * _ENTRY_SIZE + _SETUP_DATA_SIZE:
             raise EfiError(EfiStatus.EFI_BUFFER_TOO_SMALL)
         entries.append(BootE820Entry(d.start, d.end - d.start, kind))
 

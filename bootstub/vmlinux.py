@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from elftools.elf.structs import ELFStructs
+
 from guest.errors import FormatError
 from guest.units import PHYSICAL_ADDRESS_END, SZ_2M
 
@@ -57,8 +59,6 @@ def load_segments(data: bytes) -> Vmlinux:
     ``at`` of a ``FormatError`` is an offset in ``data``.
     """
     _check_ident(data)
-    from elftools.elf.structs import ELFStructs  # 15 ms, and not every command reads a kernel
-
     structs = ELFStructs(little_endian=True, elfclass=64)
     structs.create_basic_structs()
     structs.create_advanced_structs()
@@ -73,9 +73,7 @@ def load_segments(data: bytes) -> Vmlinux:
     phdrs = [structs.Elf_Phdr.parse_stream(stream) for _ in range(ehdr.e_phnum)]
     segments = tuple(_segments(phdrs, ehdr.e_phoff, data))
     if not segments:
-        raise FormatError(
-            "e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF
-        )
+        raise FormatError("e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF)
     ends += [segment.p_offset + segment.p_filesz for segment in segments]
     return Vmlinux(ehdr.e_entry, segments, max(ends))
 

@@ -112,9 +112,7 @@ def read_hob_list(memory: GuestMemory, gpa: int) -> list[Resource]:
         if kind == EFI_HOB_TYPE_RESOURCE_DESCRIPTOR:
             resources.append(_resource(memory.read(at, length), at))
         at += length
-    raise FormatError(
-        "HOB list", at=gpa, found=f"no end in {_MAX_HOBS} HOBs", expected="an end HOB", source=_SOURCE
-    )
+    raise FormatError("HOB list", at=gpa, found=f"no end in {_MAX_HOBS} HOBs", expected="an end HOB", source=_SOURCE)
 
 
 def _resource(data: bytes, at: int) -> Resource:

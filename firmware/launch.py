@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from firmware.efi_types import EfiMemoryType
 from firmware.hob import Resource, ResourceType, build_hob_list
+from firmware.memory_descriptor import MemoryDescriptor
 from firmware.tdvf import SectionType, Tdvf, TdvfSection
 from guest.errors import FormatError
 from guest.ranges import Range, RangeMap
 from guest.registers import Registers
+from guest.units import SZ_64K
 from tdx.vmm import Host
 
 UNACCEPTED = ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED
 SYSTEM = ResourceType.EFI_RESOURCE_SYSTEM_MEMORY
+_HOB_LIST_ROOM = SZ_64K
 
 
 def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers) -> list[Resource]:
@@ -65,3 +69,14 @@ def _resources(host: Host, added: list[TdvfSection], private: Iterable[Range]) -
         for start, end, owner in owners.runs()
         if owner is not None
     ]
+
+
+def sections_for_map(descriptors: Iterable[MemoryDescriptor]) -> Tdvf:
+    """A firmware without an image, for a memory map that was brought along: it needs a place for the HOB list."""
+    for d in descriptors:
+        if d.type == EfiMemoryType.EfiConventionalMemory and d.start and d.end - d.start >= _HOB_LIST_ROOM:
+            return Tdvf(b"", (TdvfSection(0, 0, d.start, _HOB_LIST_ROOM, SectionType.TD_HOB, 0),))
+    raise FormatError(
+        "EFI memory map", at=0, found="no conventional memory of 64 KiB",
+        expected="room for the HOB list", source="UEFI 2.10, 7.2",
+    )  # fmt: skip

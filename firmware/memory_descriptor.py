@@ -84,9 +84,7 @@ def check_map(descriptors: list[MemoryDescriptor], name: str) -> None:
     for number, d in enumerate(descriptors):
         where = f"{name}: descriptor {number}"
         if d.start % PAGE_SIZE:
-            raise FormatError(
-                where, at=d.start, found="a start inside a page", expected="4 KiB pages", source=_SOURCE
-            )
+            raise FormatError(where, at=d.start, found="a start inside a page", expected="4 KiB pages", source=_SOURCE)
         if d.pages == 0:
             raise FormatError(where, at=d.start, found="0 pages", expected="at least one", source=_SOURCE)
         if d.end > PHYSICAL_ADDRESS_END:
@@ -95,9 +93,7 @@ def check_map(descriptors: list[MemoryDescriptor], name: str) -> None:
     ordered = sorted(enumerate(descriptors), key=lambda item: item[1].start)
     for (low_number, low), (high_number, high) in pairwise(ordered):
         if low.end > high.start:
-            found = (
-                f"[{high.start:#x}, {high.end:#x}) over [{low.start:#x}, {low.end:#x}) of descriptor {low_number}"
-            )
+            found = f"[{high.start:#x}, {high.end:#x}) over [{low.start:#x}, {low.end:#x}) of descriptor {low_number}"
             where = f"{name}: descriptor {high_number}"
             raise FormatError(where, at=high.start, found=found, expected="no overlap", source=_SOURCE)
 

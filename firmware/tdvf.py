@@ -177,9 +177,7 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
     if raw.DataOffset + raw.RawDataSize > len(image):
         found = f"{raw.DataOffset:#x} + {raw.RawDataSize:#x}"
         raise refuse("DataOffset", found, f"a range inside the image of {len(image):#x} bytes")
-    return TdvfSection(
-        raw.DataOffset, raw.RawDataSize, raw.MemoryAddress, raw.MemoryDataSize, kind, raw.Attributes
-    )
+    return TdvfSection(raw.DataOffset, raw.RawDataSize, raw.MemoryAddress, raw.MemoryDataSize, kind, raw.Attributes)
 
 
 def _check_overlap(sections: tuple[TdvfSection, ...], at: int) -> None:

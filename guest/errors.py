@@ -17,12 +17,13 @@ class BootError(Exception):
 class FormatError(BootError):
     """Bytes that do not follow their layout or specification.
 
-    ``at`` is the offset or guest physical address of the first byte in question.
+    ``at`` is the offset or guest physical address of the first byte in question, None where there is no such.
     """
 
-    def __init__(self, what: str, *, at: int, found: object, expected: object, source: str) -> None:
+    def __init__(self, what: str, *, at: int | None = None, found: object, expected: object, source: str) -> None:
         self.what, self.at, self.found, self.expected, self.source = what, at, found, expected, source
-        super().__init__(f"{what} at {at:#x}: found {found}, expected {expected} [{source}]")
+        where = what if at is None else f"{what} at {at:#x}"
+        super().__init__(f"{where}: found {found}, expected {expected} [{source}]")
 
 
 class MemoryFault(BootError):

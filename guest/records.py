@@ -75,6 +75,18 @@ class GuestRecord:
         self._memory.write_uint(self.gpa + offset, value, size)
 
 
+class RecordCopy:
+    """A record that was copied out of guest memory: ``boot_params["hdr.version"]``, read only."""
+
+    def __init__(self, data: bytes, record: Layout) -> None:
+        self.data = data
+        self._extents = field_extents(record)
+
+    def __getitem__(self, name: str) -> int:
+        offset, size = self._extents[name]
+        return int.from_bytes(self.data[offset : offset + size], "little")
+
+
 def fast(record: Layout) -> tuple[struct.Struct, tuple[str, ...]]:
     """The same layout as a ``struct.Struct``, for long arrays; nameless fields become pad bytes.
 

@@ -140,8 +140,7 @@ class E820Table:
         An empty entry has its start less one as its end, as in the kernel; at 0 that wraps to 2^64 - 1.
         """
         return [
-            f"{who}: [mem {entry.addr:#018x}-{(entry.addr + entry.size - 1) % _U64_END:#018x}] "
-            f"{type_word(entry.type)}"
+            f"{who}: [mem {entry.addr:#018x}-{(entry.addr + entry.size - 1) % _U64_END:#018x}] {type_word(entry.type)}"
             for entry in self._entries
         ]
 
@@ -171,9 +170,7 @@ class E820Table:
             entry_end = _end(entry)
             low, high = max(start, entry.addr), min(end, entry_end)
             if start <= entry.addr and entry_end <= end:
-                self._entries[index] = (
-                    BootE820Entry(0, 0, 0) if new_type is None else replace(entry, type=new_type)
-                )
+                self._entries[index] = BootE820Entry(0, 0, 0) if new_type is None else replace(entry, type=new_type)
                 changed += entry.size
             elif low < high or entry.addr < start <= end < entry_end:
                 self._entries[index] = self._split(entry, low, high, new_type)

@@ -46,7 +46,7 @@ def _base(region: MemblockRegion) -> int:
 
 
 class MemblockType:
-    """A named array of regions.
+    """A named array of regions. It grows without limit; the kernel's has room for 128 until it is moved.
 
     ``total_size`` is what the kernel keeps beside the array: the sum of the sizes, until
     ``memblock_trim_memory`` shortens a region and forgets to subtract.
@@ -73,6 +73,8 @@ class MemblockType:
     def add_range(self, base: int, size: int, flags: int = 0) -> None:
         """Fill the range's gaps with ``flags``; regions that are there keep theirs (``memblock_add_range``)."""
         end = memblock_cap_size(base, size)
+        if not self.regions and base < end:
+            self.total_size = 0  # the kernel assigns the size here, so an old error ends
         first, last = self._overlapping(base, end)
         filled: list[MemblockRegion] = []
         fresh: list[int] = []
@@ -97,7 +99,10 @@ class MemblockType:
         del self.regions[first:last]
 
     def isolate_range(self, base: int, size: int) -> tuple[int, int]:
-        """Cut regions at the range's ends; first and last index, exclusive, inside (``memblock_isolate_range``)."""
+        """Cut regions where the range begins and ends; first and last index, exclusive, of those inside.
+
+        Source: memblock_isolate_range().
+        """
         end = memblock_cap_size(base, size)
         if base == end:
             return 0, 0

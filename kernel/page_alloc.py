@@ -102,14 +102,14 @@ class PageAllocator:
         runs = self._unaccepted.block_runs(PFN_PHYS(start_pfn), PFN_PHYS(end_pfn), MAX_ORDER_SIZE)
         for start, end, unaccepted in runs:
             low_pfn, high_pfn = PFN_DOWN(start), PFN_DOWN(end)
+            if unaccepted and not self._lazy:
+                self._accept_blocks(low_pfn, high_pfn)
             zone.nr_free_pages += high_pfn - low_pfn
             if unaccepted and self._lazy:
                 zone.nr_unaccepted += high_pfn - low_pfn
                 zone.unaccepted_pages.append_run(low_pfn, high_pfn)
-                continue
-            if unaccepted:
-                self._accept_blocks(low_pfn, high_pfn)
-            zone.free_area.max_order_blocks.append_run(low_pfn, high_pfn)
+            else:
+                zone.free_area.max_order_blocks.append_run(low_pfn, high_pfn)
 
     def _accept_blocks(self, start_pfn: int, end_pfn: int) -> None:
         """Accept block by block, as the kernel does: each is a request of its own to the platform."""

@@ -33,9 +33,7 @@ def tdx_cc_mask(machine: Machine) -> int:
 
 def tdx_map_gpa(machine: Machine, start: int, end: int) -> bool:
     """One TDG.VP.VMCALL<MapGPA> for the whole range, without a retry, as v9 does; True if it succeeded."""
-    regs = Registers(
-        rax=Leaf.TDG_VP_VMCALL, rcx=EXPOSE_R10_R15, r11=SubFunction.MapGPA, r12=start, r13=end - start
-    )
+    regs = Registers(rax=Leaf.TDG_VP_VMCALL, rcx=EXPOSE_R10_R15, r11=SubFunction.MapGPA, r12=start, r13=end - start)
     machine.platform.tdcall(regs)
     return regs.rax == 0 and regs.r10 == VmCallStatus.SUCCESS
 

@@ -77,7 +77,5 @@ class SecureEpt:
     def _move(self, start: int, end: int, before: SeptState, after: SeptEntry) -> None:
         for low, high, entry in self._entries.runs(start, end):
             if entry.state is not before:
-                raise ValueError(
-                    f"Secure EPT [{low:#x}, {high:#x}): found {entry.state.name}, expected {before.name}"
-                )
+                raise ValueError(f"Secure EPT [{low:#x}, {high:#x}): found {entry.state.name}, expected {before.name}")
         self._entries.assign(start, end, after)

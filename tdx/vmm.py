@@ -82,7 +82,7 @@ class Host:
         else:
             regs.r10 = VmCallStatus.SUBFUNC_UNSUPPORTED
         self.clock.advance(self.costs.tdvmcall)
-        self.trace.add(TdVmCall(name, r12, r13, regs.r10))
+        self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
 
     def _map_gpa(self, gpa: int, size: int) -> tuple[int, int]:
         """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""

@@ -15,9 +15,7 @@ _seen: set[Path] = set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """A run that rewrites golden files fails, so that it can never be what CI does."""
-    parser.addoption(
-        "--update-golden", action="store_true", help="rewrite golden files; the run fails all the same"
-    )
+    parser.addoption("--update-golden", action="store_true", help="rewrite golden files; the run fails all the same")
 
 
 class Golden:

@@ -79,7 +79,7 @@ class _Host:
         return count if ok else 0
 
     def _log_accepts(self, rcx: int, ok: bool, count: int) -> None:
-        last = self.log[-1] if self.log else ["m"]
+        last: list[Any] = self.log[-1] if self.log else ["m"]
         if last[0] == "a" and last[2] == ok and last[1] + last[3] * LEVEL_SIZE[rcx & 7] == rcx:
             last[3] += count
         else:
@@ -205,9 +205,7 @@ class _Case:
             rsv = DIV_ROUND_UP(ram_pfn << PAGE_SHIFT, PMD_SIZE * BITS_PER_BYTE)
             yield "rsv", rsv, case["rsv"]
 
-    def _operation(
-        self, name: str, op: list[Any], bitmap: GuestBitmap | None
-    ) -> Iterator[tuple[str, object, object]]:
+    def _operation(self, name: str, op: list[Any], bitmap: GuestBitmap | None) -> Iterator[tuple[str, object, object]]:
         kind, start, end = op[:3]
         kernel = UnacceptedMemory(bitmap, self._arch_accept)
         if kind == "R":

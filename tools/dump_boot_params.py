@@ -1,4 +1,4 @@
-"""What ``unaccepted dump boot-params`` shows: a boot_params page as rows, text, JSON, dmesg lines or hex."""
+"""What ``unaccepted dump boot-params`` shows: a boot_params page as rows, text, JSON or dmesg lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from kernel.e820 import memory_setup
 
 _INTEGER_SIZES = (1, 2, 4, 8)
 _SHOWN_BYTES = 32
-_HEX_LINE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +87,6 @@ def text_lines(dump: Iterable[Row]) -> list[str]:
         shown = row.text if isinstance(row.value, bytes) else f"{row.hex}  {row.text}".rstrip()
         out.append(f"{f'{indent}{row.offset:#05x} {name}':<34}{shown}")
     return out
-
-
-def hex_lines(data: bytes) -> list[str]:
-    """The bytes as xxd(1) shows them."""
-    return [_hex_line(at, data[at : at + _HEX_LINE]) for at in range(0, len(data), _HEX_LINE)]
 
 
 def to_json(data: bytes, memory_reader: Reader | None = None) -> dict[str, object]:
@@ -323,8 +317,3 @@ def _json_node(read: Reader, node: SetupData) -> dict[str, object]:
             "type": indirect.type,
         }
     return out
-
-
-def _hex_line(at: int, piece: bytes) -> str:
-    text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)
-    return f"{at:08x}: {piece.hex(' ', -2):<39}  {text}"

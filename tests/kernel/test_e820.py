@@ -52,9 +52,7 @@ def cover(found: E820Table) -> dict[int, Counter[int]]:
 
 def sanitised_slowly(before: list[BootE820Entry]) -> list[tuple[int, int, int]]:
     """Address by address: the largest type there, joined where neither type nor a start or end says otherwise."""
-    largest = [
-        max((e.type for e in before if e.addr <= a < e.addr + e.size), default=0) for a in range(2 * SPACE + 1)
-    ]
+    largest = [max((e.type for e in before if e.addr <= a < e.addr + e.size), default=0) for a in range(2 * SPACE + 1)]
     edges = {edge for e in before if e.size for edge in (e.addr, e.addr + e.size)}
     cuts = {0} | {
         a
@@ -77,9 +75,7 @@ def test_update_table_against_the_model(before: list[BootE820Entry]) -> None:
 
 @given(entries, ranges, st.sampled_from(TYPES), st.sampled_from(TYPES))
 @settings(max_examples=200, deadline=None)
-def test_range_update_against_the_model(
-    before: list[BootE820Entry], span: tuple[int, int], old: int, new: int
-) -> None:
+def test_range_update_against_the_model(before: list[BootE820Entry], span: tuple[int, int], old: int, new: int) -> None:
     """Each address in the range has as many of the new type as it had of old and new, and no other changes."""
     if old == new:
         return
@@ -95,9 +91,7 @@ def test_range_update_against_the_model(
 
 @given(entries, ranges, st.sampled_from([None, *TYPES]))
 @settings(max_examples=200, deadline=None)
-def test_range_remove_against_the_model(
-    before: list[BootE820Entry], span: tuple[int, int], old: int | None
-) -> None:
+def test_range_remove_against_the_model(before: list[BootE820Entry], span: tuple[int, int], old: int | None) -> None:
     """Each address in the range has lost the type, or all types; no other address changes."""
     found, expected = E820Table(before), cover(E820Table(before))
     removed = 0

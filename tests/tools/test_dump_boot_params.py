@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from guest.errors import BootError, FormatError
-from tools.dump_boot_params import Row, dmesg_lines, hex_lines, rows, text_lines, to_json
+from tools.dump_boot_params import Row, dmesg_lines, rows, text_lines, to_json
 
 if TYPE_CHECKING:
     from conftest import Golden
@@ -192,15 +192,6 @@ def test_made_up_map() -> None:
         "BIOS-e801: [mem 0x0000000000000000-0x000000000009efff] usable",
         "BIOS-e801: [mem 0x0000000000100000-0x00000000400fffff] usable",
     ]
-
-
-def test_hex_lines() -> None:
-    """Lines are those of xxd."""
-    assert hex_lines(bytes(range(0x20, 0x33)) + b"\x7f\xff") == [
-        "00000000: 2021 2223 2425 2627 2829 2a2b 2c2d 2e2f   !\"#$%&'()*+,-./",
-        "00000010: 3031 327f ff                             012..",
-    ]
-    assert len(hex_lines(page("pvh-pc-8G-k6.1"))) == 256
 
 
 @pytest.mark.parametrize("size", [0, 100, 4095, 4097])

@@ -1,0 +1,126 @@
+"""Stage ``mm-init``: node and zones, the last memblock callers, then everything to the page allocator.
+
+Sources: arch/x86/mm/{numa,init_64}.c, mm/{sparse,mm_init,memblock}.c, mm/percpu.c (6.3).
+Sizes are those that the named functions compute; callers that take a few hundred bytes are left out.
+"""
+
+from __future__ import annotations
+
+from guest.units import (
+    DIV_ROUND_UP,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PFN_PHYS,
+    PMD_SIZE,
+    SZ_1G,
+    SZ_1M,
+    SZ_16M,
+    SZ_64M,
+    SZ_128M,
+    round_up,
+)
+from kernel.efi import efi_free_boot_services
+from kernel.kernel import Kernel
+from kernel.memblock import SMP_CACHE_BYTES
+from kernel.mmzone import Zone, free_area_init, memory_node_lines, zone_ranges_lines
+from kernel.page_alloc import PageAllocator
+from kernel.swiotlb import swiotlb_init
+
+NODE_DATA_SIZE = 43 * PAGE_SIZE
+"""pg_data_t of a 6.x distribution kernel in whole pages (alloc_node_data())."""
+SECTION_SIZE = SZ_128M
+SECTIONS_PER_ROOT = 256
+STRUCT_PAGE_SIZE = 64
+MEMMAP_PER_SECTION = SECTION_SIZE // PAGE_SIZE * STRUCT_PAGE_SIZE
+USEMAP_PER_SECTION = 56
+PERCPU_UNIT_SIZE, PERCPU_USED_PAGES = PMD_SIZE, 66
+"""One CPU's unit, and what of it stays after pcpu_embed_first_chunk() gave the rest back (6.12, one CPU)."""
+
+
+def mm_init(kernel: Kernel) -> None:
+    """From memblock to free lists: after this, pages are allocated by the page allocator only."""
+    _initmem_init(kernel)
+    _sparse_init(kernel)
+    zones = _zone_sizes_init(kernel)
+    _setup_per_cpu_areas(kernel)
+    present = sum(zone.present_pages for zone in zones)
+    for name, scale in (("Dentry", 13), ("Inode", 14)):
+        _alloc_large_system_hash(kernel, name, present, scale)
+    swiotlb_init(kernel)
+    allocator = kernel.allocator = PageAllocator(zones, kernel.unaccepted, lazy=kernel.early.lazy_accept)
+    for pages in kernel.memblock.free_all(kernel.max_pfn):
+        allocator.free_pages_core(pages.start, pages.end)
+    _mem_init_print_info(kernel, zones)
+    efi_free_boot_services(kernel, allocator)
+
+
+def _initmem_init(kernel: Kernel) -> None:
+    """One node for all memory; its data go to the top of memory."""
+    kernel.machine.print("No NUMA configuration found")
+    end = PFN_PHYS(kernel.max_pfn)
+    kernel.machine.print(f"Faking a node at [mem {0:#018x}-{end - 1:#018x}]")
+    node_data = kernel.memblock_alloc(NODE_DATA_SIZE, SMP_CACHE_BYTES)
+    kernel.machine.print(f"NODE_DATA(0) allocated [mem {node_data:#x}-{node_data + NODE_DATA_SIZE - 1:#x}]")
+
+
+def _sparse_init(kernel: Kernel) -> None:
+    """Struct pages for each section of 128 MiB that has memory: 2 MiB a section, in one piece."""
+    sections = present_sections(kernel)
+    roots = {section // SECTIONS_PER_ROOT for section in sections}
+    kernel.memblock_alloc(len(roots) * PAGE_SIZE, SMP_CACHE_BYTES)
+    kernel.memblock_alloc(len(sections) * USEMAP_PER_SECTION, SMP_CACHE_BYTES)
+    memmap = len(sections) * MEMMAP_PER_SECTION
+    kernel.memblock_alloc(memmap, PMD_SIZE, SZ_16M)
+    kernel.memblock_alloc((1 + DIV_ROUND_UP(memmap, SZ_1G)) * PAGE_SIZE, PAGE_SIZE, SZ_16M)
+
+
+def present_sections(kernel: Kernel) -> set[int]:
+    """Numbers of the sections that hold memory (memory_present())."""
+    return {
+        section
+        for region in kernel.memblock.memory.regions
+        for section in range(region.base // SECTION_SIZE, DIV_ROUND_UP(region.end, SECTION_SIZE))
+    }
+
+
+def _zone_sizes_init(kernel: Kernel) -> list[Zone]:
+    """Zones and the lines about them."""
+    regions = kernel.memblock.memory.regions
+    for line in [*zone_ranges_lines(regions, kernel.max_pfn), *memory_node_lines(regions)]:
+        kernel.machine.print(line)
+    return free_area_init(regions, kernel.max_pfn)
+
+
+def _setup_per_cpu_areas(kernel: Kernel) -> None:
+    """The boot CPU's per-CPU area: a 2 MiB unit, of which the unused tail is given back."""
+    unit = kernel.memblock_alloc(PERCPU_UNIT_SIZE, PMD_SIZE)
+    used = PERCPU_USED_PAGES * PAGE_SIZE
+    kernel.memblock.phys_free(unit + used, PERCPU_UNIT_SIZE - used)
+
+
+def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) -> None:
+    """A table with one 8-byte bucket for each 2^scale bytes of memory, a power of two of them.
+
+    Above 64 GiB the scale grows by one with each fourfold memory. Source: mm/mm_init.c.
+    """
+    entries = round_up(pages, SZ_1M >> PAGE_SHIFT)
+    adapt = SZ_64M << 10 >> PAGE_SHIFT
+    while adapt < entries:
+        scale, adapt = scale + 1, adapt << 2
+    entries = 1 << ((entries >> (scale - PAGE_SHIFT)) - 1).bit_length()
+    size = entries * 8
+    order = (max(size, PAGE_SIZE) // PAGE_SIZE).bit_length() - 1
+    kernel.memblock_alloc(size, SMP_CACHE_BYTES)
+    kernel.machine.print(
+        f"{name}{'-' if name == 'Inode' else ' '}cache hash table entries: {entries} "
+        f"(order: {order}, {size} bytes, linear)"
+    )
+
+
+def _mem_init_print_info(kernel: Kernel, zones: list[Zone]) -> None:
+    """The ``Memory:`` line, without the sizes of the kernel's sections, which its image does not tell."""
+    free, managed, present = (
+        sum(getattr(zone, name) for zone in zones) << PAGE_SHIFT - 10
+        for name in ("nr_free_pages", "managed_pages", "present_pages")
+    )
+    kernel.machine.print(f"Memory: {free}K/{present}K available ({present - managed}K reserved, 0K cma-reserved)")

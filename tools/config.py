@@ -1,0 +1,151 @@
+"""What a boot can be told: the same options on the command line and in a TOML file.
+
+``--config FILE.toml`` gives defaults; what stands on the command line wins. A key of the file is the option
+without its dashes (``host-page-size = "4K"``); an unknown key is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guest.errors import FormatError
+from guest.units import PAGE_SIZE, SZ_1G, memparse
+from tools.pipeline import DEFAULT_CMDLINE, BootConfig
+
+_MAX_FILE = SZ_1G
+_MAX_MEMORY = 1 << 50
+_SOURCE = "unaccepted boot --help"
+_HOST_LEVELS = {"4K": 0, "2M": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option: its name, what its value is called, its help, the field of ``BootConfig`` and how to read it."""
+
+    name: str
+    metavar: str
+    help: str
+    field: str
+    read: Callable[[str], Any]
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+    size = Path(path).stat().st_size
+    if size > _MAX_FILE:
+        raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
+    return Path(path).read_bytes()
+
+
+def read_text(path: str) -> str:
+    """The text of a file, as UTF-8; bytes that are none become replacement characters."""
+    return read_file(path).decode("utf-8", errors="replace")
+
+
+def parse_memory(text: str) -> int:
+    """A size of guest memory in bytes, with a suffix K, M, G or T: whole pages, up to 1 PiB."""
+    size, rest = memparse(text)
+    if rest or not 0 < size <= _MAX_MEMORY or size % PAGE_SIZE:
+        raise FormatError("--memory", found=repr(text), expected="whole 4 KiB pages, such as 4G", source=_SOURCE)
+    return size
+
+
+def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if text not in choices:
+            raise FormatError(option, found=repr(text), expected=" or ".join(choices), source=_SOURCE)
+        return choices[text]
+
+    return read
+
+
+def _firmware(path: str) -> Any:
+    from firmware.tdvf import parse_tdvf
+
+    return parse_tdvf(read_file(path))
+
+
+def _kernel(path: str) -> bytes:
+    from bootstub.bzimage import parse_bzimage
+
+    data = read_file(path)
+    parse_bzimage(data)
+    return data
+
+
+def _efi_map(path: str) -> Any:
+    from tools.efi_map import parse_efi_map
+
+    return parse_efi_map(read_text(path), path)
+
+
+def _protocol(text: str) -> Any:
+    from bootstub.protocol import PROTOCOLS
+
+    return _choice("--protocol", dict(PROTOCOLS))(text)
+
+
+def _script(path: str) -> Any:
+    from kernel.runtime import parse_script
+
+    return tuple(parse_script(read_text(path), path))
+
+
+OPTIONS = (
+    Option("memory", "SIZE", "guest memory, split as q35 splits it (default 4G)", "memory", parse_memory),
+    Option("efi-map", "FILE", "memory map instead: dmesg with efi=debug lines, or JSON", "efi_map", _efi_map),
+    Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
+    Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
+    Option("initrd", "FILE", "initrd, handed over by LoadFile2", "initrd", read_file),
+    Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", str),
+    Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
+    Option(
+        "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default) or 4K",
+        "host_level", _choice("--host-page-size", _HOST_LEVELS),
+    ),
+    Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
+)  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` every option of a boot, and ``--config``."""
+    group = parser.add_argument_group("the guest")
+    for option in OPTIONS:
+        group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
+    group.add_argument("--config", metavar="FILE.toml", help="any of these options, by name, in TOML")
+
+
+def boot_config(args: argparse.Namespace) -> BootConfig:
+    """The boot that the arguments describe. Files are read here; raises ``FormatError`` and ``OSError``."""
+    texts = _from_toml(args.config) if args.config else {}
+    given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
+    texts |= {name: text for name, text in given.items() if text is not None}
+    if "memory" in texts and "efi-map" in texts:
+        raise FormatError("--memory", found="with --efi-map", expected="one of the two", source=_SOURCE)
+    fields = {option.field: option.read(texts[option.name]) for option in OPTIONS if option.name in texts}
+    if "kernel" not in fields:
+        from bootstub.sample_kernel import sample_bzimage
+
+        fields["kernel"] = sample_bzimage()
+    return BootConfig(**fields)
+
+
+def _from_toml(path: str) -> dict[str, str]:
+    """Option texts by name from a TOML file."""
+    import tomllib
+
+    try:
+        data = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise FormatError(path, found=str(error), expected="TOML", source="toml.io") from error
+    known = {option.name for option in OPTIONS}
+    for key, value in data.items():
+        if key not in known:
+            raise FormatError(path, found=f"key {key!r}", expected=", ".join(sorted(known)), source=_SOURCE)
+        if not isinstance(value, str):
+            raise FormatError(f"{path}, {key}", found=repr(value), expected="a string", source=_SOURCE)
+    return data

@@ -1,0 +1,175 @@
+"""The boot: its stages in order, and a ``Boot`` that runs them one by one.
+
+The order of the stages and what each is called is here and nowhere else. A stage gets the machine; what the user
+chose (images, sizes, script) reaches it as arguments, as a host's configuration would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
+from bootstub.decompressor import decompress
+from bootstub.efi_stub import efi_stub
+from bootstub.protocol import V9, Protocol
+from firmware.efi_types import EfiMemoryType
+from firmware.launch import launch_td, sections_for_map
+from firmware.load_image import FwCfg
+from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
+from firmware.ovmf_layout import BUILT_IN
+from firmware.platform_init import firmware
+from firmware.tdvf import Tdvf
+from guest.clock import CostTable, VirtualClock
+from guest.machine import Machine
+from guest.memory import PhysicalMemory
+from guest.ranges import Range, RangeSet
+from guest.records import RecordCopy
+from guest.trace import StageBegin, StageEnd, Trace
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PMD_SIZE, SZ_4G
+from kernel.kernel import Kernel
+from kernel.mm_init import mm_init
+from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
+from kernel.setup_arch import setup_arch
+from tdx.module import TdConfig, TdxModule
+from tdx.sept import LEVEL_2M, SecureEpt
+from tdx.vmm import Host, q35_ram
+
+DEFAULT_CMDLINE = "nokaslr efi=debug"
+
+
+@dataclass(frozen=True, slots=True)
+class BootConfig:
+    """Everything that a boot depends on; two boots of one configuration are equal to the byte.
+
+    ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
+    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB.
+    """
+
+    kernel: bytes
+    memory: int = SZ_4G
+    firmware: Tdvf = BUILT_IN
+    efi_map: tuple[MemoryDescriptor, ...] | None = None
+    initrd: bytes = b""
+    cmdline: str = DEFAULT_CMDLINE
+    protocol: Protocol = V9
+    host_level: int = LEVEL_2M
+    script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
+    costs: CostTable = field(default_factory=CostTable)
+
+
+class Boot:
+    """A virtual machine on its way through the stages."""
+
+    def __init__(self, config: BootConfig) -> None:
+        self.config = config
+        self.clock = VirtualClock()
+        self.trace = Trace(self.clock)
+        self.sept = SecureEpt()
+        self.physical = PhysicalMemory()
+        """The bytes without the gate: for looking on from outside, never for a stage."""
+        td, ram = TdConfig(), _ram(config)
+        self.host = Host(
+            self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
+        )
+        module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
+        self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.kernel: Kernel | None = None
+        self.boot_params: bytes | None = None
+        """The zero page as the stub left it, once it ran."""
+        self.done: list[str] = []
+
+    @property
+    def next_stage(self) -> str | None:
+        """Name of the stage that :meth:`step` would run; None after the last."""
+        return STAGE_NAMES[len(self.done)] if len(self.done) < len(STAGES) else None
+
+    def step(self) -> str:
+        """Run the next stage and return its name. What ends the guest leaves as ``BootError``."""
+        name = self.next_stage
+        if name is None:
+            raise ValueError("step: the boot is over")
+        self.trace.stage = name
+        self.trace.add(StageBegin())
+        STAGES[name](self)
+        self.trace.add(StageEnd())
+        self.done.append(name)
+        return name
+
+    def run(self, until: str | None = None) -> None:
+        """Run the stages up to and with ``until``; all of them without it."""
+        while self.next_stage is not None and until not in self.done:
+            self.step()
+
+    def bitmap(self) -> bytes:
+        """The unaccepted memory bitmap as it is now, up to the end of RAM; empty if there is none."""
+        at = RecordCopy(self.boot_params, BOOT_PARAMS)["unaccepted_memory"] if self.boot_params else 0
+        end = max((part.end for part in self.host.ram), default=0)
+        return self.physical.read(at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) if at else b""
+
+
+def _host(boot: Boot) -> None:
+    config = boot.config
+    tdvf, private = config.firmware, []
+    if config.efi_map is not None:
+        private = _accepted(config.efi_map)
+        tdvf = sections_for_map(config.efi_map) if tdvf is BUILT_IN else tdvf
+    launch_td(boot.host, tdvf, private, boot.machine.regs)
+
+
+def _firmware(boot: Boot) -> None:
+    config = boot.config
+    given_map = None if config.efi_map is None else list(config.efi_map)
+    firmware(boot.machine, FwCfg(config.kernel, config.initrd, config.cmdline), given_map)
+
+
+def _efi_stub(boot: Boot) -> None:
+    efi_stub(boot.machine, boot.config.protocol)
+    boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+
+
+def _decompress(boot: Boot) -> None:
+    decompress(boot.machine)
+
+
+def _setup_arch(boot: Boot) -> None:
+    boot.kernel = setup_arch(boot.machine)
+
+
+def _mm_init(boot: Boot) -> None:
+    assert boot.kernel is not None
+    mm_init(boot.kernel)
+
+
+def _runtime(boot: Boot) -> None:
+    assert boot.kernel is not None
+    runtime(boot.kernel, list(boot.config.script))
+
+
+STAGES: dict[str, Callable[[Boot], None]] = {
+    "host": _host,
+    "firmware": _firmware,
+    "efi-stub": _efi_stub,
+    "decompress": _decompress,
+    "setup-arch": _setup_arch,
+    "mm-init": _mm_init,
+    "runtime": _runtime,
+}
+STAGE_NAMES = tuple(STAGES)
+KERNEL_STAGES = ("setup-arch", "mm-init", "runtime")
+"""The stages whose output is the kernel's log."""
+
+
+def _ram(config: BootConfig) -> RangeSet:
+    if config.efi_map is None:
+        return q35_ram(config.memory)
+    return RangeSet((d.start, d.end) for d in config.efi_map if d.type in RAM_TYPES)
+
+
+def _accepted(efi_map: tuple[MemoryDescriptor, ...]) -> list[Range]:
+    """RAM of a given map that its firmware has accepted."""
+    ram = RangeSet((d.start, d.end) for d in efi_map if d.type in RAM_TYPES)
+    for d in efi_map:
+        if d.type == EfiMemoryType.EfiUnacceptedMemoryType:
+            ram.remove(d.start, d.end)
+    return list(ram)

@@ -1,0 +1,185 @@
+"""Rows and events as text and as JSON. Both come from the same values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Any
+
+from firmware.efi_types import status_name as efi_status_name
+from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
+from kernel.events import Allocation, FileRead, FileWrite
+from tdx.events import PageAdd, TdCall, TdExit, TdVmCall
+from tdx.status import status_name
+from tools.pipeline import KERNEL_STAGES
+from tools.report import StageSummary
+
+_HEX_LINE = 16
+_LEVELS = ("4K", "2M", "1G")
+
+
+def event_text(event: Event) -> str:
+    """One event in one line, in the words of the specification it belongs to."""
+    match event:
+        case Print(text) | Note(text):
+            return text
+        case ServiceCall(service, args, status):
+            return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
+        case TdCall(leaf, rcx, status, count):
+            return f"{leaf} RCX={rcx:#x} x{count}: {status_name(status)}"
+        case TdVmCall(sub_function, r12, r13, status):
+            return f"TDG.VP.VMCALL<{sub_function}> R12={r12:#x} R13={r13:#x}: {status:#x}"
+        case TdExit(gpa, level, count):
+            return f"TD exit, EPT violation at {gpa:#x} x{count}: host adds {_LEVELS[level]} pages"
+        case PageAdd(start, end, what):
+            return f"TDH.MEM.PAGE.ADD [{start:#x}, {end:#x}) {what}"
+        case FileRead(path, text):
+            return f"cat {path}: {len(text)} characters"
+        case FileWrite(path, text, result):
+            return f"echo {text} > {path}: {result}"
+        case Allocation(order, count, wanted, accepted_pages):
+            return f"alloc order {order}: {count} of {wanted} blocks, {accepted_pages * 4} KiB accepted"
+        case StageBegin():
+            return "stage begins"
+        case StageEnd():
+            return "stage ends"
+        case _:
+            return repr(event)
+
+
+def log_lines(records: Iterable[Record]) -> list[str]:
+    """What a person at the console and in the log would have read, line by line.
+
+    Kernel lines carry the time since the kernel's entry, as dmesg has it; here it is virtual time.
+    """
+    lines: list[str] = []
+    entry_ns: int | None = None
+    for record in records:
+        event = record.event
+        if entry_ns is None and record.stage in KERNEL_STAGES:
+            entry_ns = record.ns
+        if isinstance(event, Print):
+            lines.append(_stamp(record.ns - entry_ns) + event.text if entry_ns is not None else event.text)
+        elif isinstance(event, FileRead):
+            lines += [f"# cat {event.path}", *event.text.splitlines()]
+        elif isinstance(event, FileWrite | Allocation):
+            lines.append(f"# {event_text(event)}")
+    return lines
+
+
+def _stamp(ns: int) -> str:
+    return f"[{ns // 1_000_000_000:5}.{ns // 1000 % 1_000_000:06}] "
+
+
+def summary_rows(stages: Sequence[StageSummary]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table of stages, with a line of sums."""
+    statuses = sorted({name for stage in stages for name in stage.tdcalls}, key=lambda n: (n != "TDX_SUCCESS", n))
+    headers = [
+        "stage",
+        "added",
+        "accepted",
+        *(_short(s) for s in statuses),
+        "TDVMCALL",
+        "TD exits",
+        "virtual time",
+    ]
+    rows = [_row(stage.stage, [stage], statuses) for stage in stages]
+    return headers, [*rows, _row("sum", stages, statuses)]
+
+
+def _row(name: str, stages: Sequence[StageSummary], statuses: Sequence[str]) -> list[str]:
+    return [
+        name,
+        _kib(sum(stage.added_bytes for stage in stages)),
+        _kib(sum(stage.accepted_bytes for stage in stages)),
+        *(str(sum(stage.tdcalls[status] for stage in stages)) for status in statuses),
+        str(sum(stage.tdvmcalls for stage in stages)),
+        str(sum(stage.td_exits for stage in stages)),
+        f"{sum(stage.ns for stage in stages) / 1e6:.3f} ms",
+    ]
+
+
+def _short(status: str) -> str:
+    return "TDCALL ok" if status == "TDX_SUCCESS" else status.removeprefix("TDX_")
+
+
+def _kib(size: int) -> str:
+    return f"{size >> 10} KiB"
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: the first column to the left, all others to the right; with rich on a terminal."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*headers, box=None, header_style="bold")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in [headers, *rows]) for column in range(len(headers))]
+    for row in [headers, *rows]:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def summary_json(stages: Iterable[StageSummary]) -> list[dict[str, Any]]:
+    """The table of stages as JSON values."""
+    return [
+        {
+            "stage": stage.stage,
+            "added_bytes": stage.added_bytes,
+            "accepted_bytes": stage.accepted_bytes,
+            "tdcalls": dict(sorted(stage.tdcalls.items())),
+            "tdvmcalls": stage.tdvmcalls,
+            "td_exits": stage.td_exits,
+            "virtual_ns": stage.ns,
+        }
+        for stage in stages
+    ]
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """One record of the trace as JSON values. Addresses are text: JSON readers lose the low bits of 64-bit numbers."""
+    fields = {name: _json_value(name, value) for name, value in record.event.as_dict().items()}
+    return {"number": record.number, "stage": record.stage, "ns": record.ns, "event": record.event.name} | fields
+
+
+_ADDRESSES = frozenset({"rcx", "r12", "r13", "gpa", "start", "end", "status"})
+
+
+def _json_value(name: str, value: object) -> object:
+    if isinstance(value, tuple):
+        return [f"{item:#x}" for item in value]
+    if isinstance(value, int) and not isinstance(value, Enum) and name in _ADDRESSES:
+        return f"{value:#x}"
+    return value
+
+
+def hex_dump(data: bytes, base: int = 0) -> list[str]:
+    """The bytes as xxd(1) shows them; the first one is at address ``base``."""
+    return [_hex_line(base + at, data[at : at + _HEX_LINE]) for at in range(0, len(data), _HEX_LINE)]
+
+
+def _hex_line(at: int, piece: bytes) -> str:
+    text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)
+    return f"{at:08x}: {piece.hex(' ', -2):<39}  {text}"
+
+
+def add_json_option(parser: argparse._ActionsContainer) -> None:
+    """Give ``parser`` the option that every verb with facts has: ``--json``, pretty unless told otherwise."""
+    parser.add_argument("--json", nargs="?", const="pretty", choices=("pretty", "short"), help="print JSON")
+
+
+def json_text(data: object, form: str) -> str:
+    """``data`` as JSON: ``pretty`` with an indent, ``short`` in one line."""
+    return json.dumps(data, indent=2) if form == "pretty" else json.dumps(data, separators=(",", ":"))
