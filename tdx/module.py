@@ -135,10 +135,10 @@ class TdxModule:
         return done, invalid if status == TDX_SUCCESS and done < count else status
 
     def _count_accepts(self, rcx: int, status: int, count: int) -> None:
-        """Put ``count`` accepts with one status, the first of them of ``rcx``, into time and trace."""
+        """Put ``count`` accepts with one status, the first of them of ``rcx``, into trace and time."""
         pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE if status == TDX_SUCCESS else 0
-        self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)
         self._trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, rcx, status, count))
+        self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)
 
     def _accept_some(self, gpa: int, level: int, count: int) -> tuple[int, int]:
         """Accept what is alike from ``gpa`` on. (0, TDX_SUCCESS) means: after a TD exit, look again."""
