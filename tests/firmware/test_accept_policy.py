@@ -61,9 +61,7 @@ def test_every_page_is_accepted_once_with_its_size(make_lab, span):
     """Whatever its ends, a range is accepted completely, and by the rule."""
     lab = make_lab(RAM)
     accept_range(lab.machine, *span)
-    found = {
-        gpa + n * (SZ_2M if level else SZ_4K): level for gpa, level, count in lab.accepts() for n in range(count)
-    }
+    found = {gpa + n * (SZ_2M if level else SZ_4K): level for gpa, level, count in lab.accepts() for n in range(count)}
     assert found == pages_slowly(*span)
     assert list(lab.host.sept.mapped()) == ([tuple(span)] if span[0] < span[1] else [])
 

@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from firmware.hob import Resource, read_hob_list
-from firmware.launch import launch_td
+from firmware.launch import launch_td, sections_for_map
+from firmware.memory_descriptor import MemoryDescriptor
 from firmware.ovmf_layout import BUILT_IN
 from firmware.tdvf import parse_tdvf
 from guest.errors import FormatError, MemoryFault
@@ -101,6 +102,16 @@ def test_a_hob_list_that_does_not_fit_is_refused(make_lab):
     error = refused.value
     assert (error.what, error.at, error.found) == ("TD HOB list", 0x80_9000, f"{size} bytes")
     assert error.expected == "at most 8192"
+
+
+def test_a_map_of_ones_own_has_room_for_the_hob_list():
+    """The first conventional range of 64 KiB that is not at address 0 takes the HOB list, and there is no image."""
+    rows = [(7, 0, 64), (7, 0x20_0000, 15), (4, 0x30_0000, 64), (7, 0x90_0000, 16), (7, 0x40_0000, 64)]
+    tdvf = sections_for_map([MemoryDescriptor(kind, start, pages, 0xF) for kind, start, pages in rows])
+    assert [(s.address, s.memory_size, s.type) for s in tdvf.sections] == [(0x90_0000, 0x1_0000, 2)]
+    assert tdvf.image == b""
+    with pytest.raises(FormatError, match="no conventional memory of 64 KiB"):
+        sections_for_map([MemoryDescriptor(kind, start, pages, 0xF) for kind, start, pages in rows[:3]])
 
 
 def test_the_list_ends_where_the_handoff_says(make_lab):

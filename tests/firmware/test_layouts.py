@@ -127,8 +127,7 @@ def test_services_take_the_arguments_of_their_prototypes():
 def test_attributes_have_their_bits():
     """Attribute bits as in section 7.2.3 of the specification."""
     bits = {
-        attribute.name.removeprefix("EFI_MEMORY_"): attribute.value.bit_length() - 1
-        for attribute in EfiMemoryAttribute
+        attribute.name.removeprefix("EFI_MEMORY_"): attribute.value.bit_length() - 1 for attribute in EfiMemoryAttribute
     }
     assert bits == {
         "UC": 0, "WC": 1, "WT": 2, "WB": 3, "UCE": 4, "WP": 12, "RP": 13, "XP": 14, "NV": 15, "MORE_RELIABLE": 16,

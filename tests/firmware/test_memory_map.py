@@ -55,9 +55,7 @@ class MapModel(RuleBasedStateMachine):
         places = [
             page
             for page in self.model
-            if self.inside_one_region(page, count)
-            and self.all_are(page, count, FREE.__eq__)
-            and page + count <= below
+            if self.inside_one_region(page, count) and self.all_are(page, count, FREE.__eq__) and page + count <= below
         ]
         found = self.map.allocate(kind, count * PAGE - odd, below * PAGE)
         assert found == (max(places) * PAGE if places else None)

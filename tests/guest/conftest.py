@@ -26,9 +26,7 @@ class FakeGate:
         self.asked.append((gpa, size, kind))
         if self.run[0] <= gpa and gpa + size <= self.run[1]:
             return self.run
-        raise MemoryFault(
-            stage="test", gpa=gpa, start=gpa, size=size, kind=kind, state="refused", end="by the gate"
-        )
+        raise MemoryFault(stage="test", gpa=gpa, start=gpa, size=size, kind=kind, state="refused", end="by the gate")
 
 
 @dataclass

@@ -181,6 +181,13 @@ def test_a_format_error_says_five_things():
     assert isinstance(error, BootError)
 
 
+def test_a_format_error_may_have_no_place():
+    """Where no byte is in question the message names no address."""
+    error = FormatError("command line", found="2049 bytes", expected="at most 2048", source="boot.rst")
+    assert str(error) == "command line: found 2049 bytes, expected at most 2048 [boot.rst]"
+    assert error.at is None
+
+
 def test_a_memory_fault_names_page_and_access():
     """The message has the stage, the access, the page that stopped it, its state, and how the guest died."""
     fault = MemoryFault(

@@ -81,9 +81,7 @@ def test_pieces_are_cut_at_every_gib():
     assert list(physical.pieces(5, 5)) == []
 
 
-@pytest.mark.parametrize(
-    "gpa, size", [(PHYSICAL_ADDRESS_END - 4, 8), (PHYSICAL_ADDRESS_END, 1), (-8, 8), (-8, 16)]
-)
+@pytest.mark.parametrize("gpa, size", [(PHYSICAL_ADDRESS_END - 4, 8), (PHYSICAL_ADDRESS_END, 1), (-8, 8), (-8, 16)])
 def test_nothing_lies_outside_52_bits(gpa, size):
     """An address below 0 or from 2^52 on is a ValueError for every operation."""
     physical = PhysicalMemory()

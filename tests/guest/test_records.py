@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest.errors import FormatError
-from guest.records import GuestRecord, bare, fast, field_extents, offsets, parse
+from guest.records import GuestRecord, RecordCopy, bare, fast, field_extents, offsets, parse
 
 INNER = c.Struct("kind" / c.Int8ul, c.Padding(3), "word" / c.Int32ul)
 RECORD = c.Struct("magic" / c.Bytes(4), "hdr" / INNER, c.Padding(4), "long" / c.Int64ul, "tail" / c.Int16ul)
@@ -45,6 +45,19 @@ def test_a_field_is_read_and_written_alone(bench):
     assert bench.physical.read(0x1000, RECORD.sizeof()) == expected
     assert (record["hdr.word"], record["tail"], record["long"]) == (0x11223344, 0xABCD, 0)
     assert bench.memory.writes == [(0, 0x1008, 0x100C), (0, 0x1018, 0x101A)]
+
+
+@given(st.binary(min_size=RECORD.sizeof(), max_size=RECORD.sizeof()))
+def test_a_copy_of_a_record_reads_as_the_record_does(make_bench, data):
+    """Every field of the copied bytes has the value that it has in memory."""
+    memory = make_bench().memory
+    memory.write(0x1000, data)
+    record, copy = GuestRecord(memory, 0x1000, RECORD), RecordCopy(data, RECORD)
+    assert copy.data == data
+    for name in field_extents(RECORD):
+        assert copy[name] == record[name]
+    with pytest.raises(KeyError):
+        copy["hdr"]
 
 
 def test_a_wrong_name_or_value_changes_nothing(bench):
@@ -91,9 +104,7 @@ def test_too_few_bytes_are_reported_with_field_and_address(length, field, at, fo
     error = refused.value
     assert (error.what, error.at, error.source) == (f"rec.{field}", 0x9000 + at, "the test")
     assert (error.found, error.expected) == (f"{found} bytes", f"{expected} bytes")
-    assert (
-        str(error) == f"rec.{field} at {0x9000 + at:#x}: found {found} bytes, expected {expected} bytes [the test]"
-    )
+    assert str(error) == f"rec.{field} at {0x9000 + at:#x}: found {found} bytes, expected {expected} bytes [the test]"
 
 
 def test_a_wrong_constant_is_reported_with_both_values():

@@ -84,9 +84,7 @@ def test_the_shared_bit_is_the_highest_of_the_width(make_td, gpaw):
     assert td.calls() == {("TDG.VP.INFO", 0): 1}
 
 
-@pytest.mark.parametrize(
-    "start, end, done", [(0x1000, 0x3000, True), (0x1000, 0x1800, False), (0, 1 << 52, False)]
-)
+@pytest.mark.parametrize("start, end, done", [(0x1000, 0x3000, True), (0x1000, 0x1800, False), (0, 1 << 52, False)])
 def test_map_gpa_succeeds_if_the_host_says_so(td, start, end, done):
     """One call for the whole range; any status of the host other than success is a failure."""
     assert tdx_map_gpa(td.machine, start, end) is done

@@ -24,9 +24,7 @@ def everything(**changes: int) -> Registers:
     return Registers(**({name: 0x1000 + number for name, number in NUMBER.items()} | changes))
 
 
-@pytest.mark.parametrize(
-    "selector", [2, 3, 5, 7, 28, 0xFFFF, 1 << 16 | 1, 1 << 16, 1 << 24, 1 << 32 | 1, 1 << 63 | 6]
-)
+@pytest.mark.parametrize("selector", [2, 3, 5, 7, 28, 0xFFFF, 1 << 16 | 1, 1 << 16, 1 << 24, 1 << 32 | 1, 1 << 63 | 6])
 def test_an_unknown_leaf_or_version_is_refused(td, selector):
     """An unknown leaf, a version above 0 and reserved bits give OPERAND_INVALID | RAX and change nothing."""
     regs = everything(rax=selector)
