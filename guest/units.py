@@ -63,6 +63,9 @@ def DIV_ROUND_UP(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
+_DECIMALS_THAT_COUNT = 64
+"""10^64 is a multiple of 2^64: digits further to the left do not change the lowest 64 bits."""
+
 _MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kKmMgGtTpPeE]?)")
 
 
@@ -80,7 +83,12 @@ def memparse(text: str) -> tuple[int, str]:
     octal = len(digits) > 1 and digits[0] == "0" and digits[1] not in "xX"
     if octal and not all(c in "01234567" for c in digits):
         return 0, text
-    number = int(digits, 8 if octal else 0)
+    if octal:
+        number = int(digits, 8)
+    elif digits.isdecimal():
+        number = int(digits[-_DECIMALS_THAT_COUNT:])
+    else:
+        number = int(digits, 16)
     if suffix:
         number <<= 10 * (1 + "kmgtpe".index(suffix.lower()))
     return number & (1 << 64) - 1, text[match.end() :]
