@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import cmd
+import re
 import sys
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from tools.render import event_text, hex_dump
 
 MAX_MEM = 1 << 16
 _SHOWN = 12
+_COUNT = re.compile(r"[0-9]{1,9}")
 _SOURCE = "unaccepted step, help"
 
 
@@ -176,7 +178,9 @@ class Stepper(cmd.Cmd):
 
     def do_events(self, arg: str) -> bool:
         """events [COUNT]: the last events (default 10)."""
-        count = int(arg) if arg.isdecimal() else 10
+        if arg and not _COUNT.fullmatch(arg):
+            raise FormatError("events", found=repr(arg), expected="a number of events", source=_SOURCE)
+        count = int(arg or 10)
         for record in self._boot.trace.records[-count:] if count else []:
             self._say(_record_text(record))
         return False
