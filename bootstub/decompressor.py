@@ -21,6 +21,7 @@ from tdx.guest import PlatformAccept
 
 MIN_KERNEL_ALIGN = PMD_SIZE
 KERNEL_IMAGE_SIZE = SZ_1G
+_E_ENTRY_OFFSET = 24
 _SOURCE = "arch/x86/boot/compressed/misc.c, extract_kernel()"
 
 
@@ -48,7 +49,7 @@ def decompress(machine: Machine) -> None:
     machine.print(text + "Parsing ELF... No relocation needed... done.")
     machine.print("Booting the kernel.")
     machine.note(f"kernel at {output:#x}, {len(kernel.segments)} segments")
-    regs.rip = kernel.entry - LOAD_PHYSICAL_ADDR + output
+    regs.rip = output + _entry_offset(kernel, needed)
 
 
 def _output_address(params: GuestRecord, image: int) -> int:
@@ -83,3 +84,12 @@ def _parse_elf(machine: Machine, kernel: Vmlinux, output: int, needed: int) -> N
             raise FormatError("PT_LOAD", at=segment.p_offset, found=found, expected=expected, source=_SOURCE)
         data = machine.memory.read(output + segment.p_offset, segment.p_filesz)
         machine.memory.write(output + offset, data)
+
+
+def _entry_offset(kernel: Vmlinux, needed: int) -> int:
+    """From the start of the kernel to its entry point. The kernel's own code jumps without looking."""
+    offset = kernel.entry - LOAD_PHYSICAL_ADDR
+    if not 0 <= offset < needed:
+        expected = f"a place inside the {needed:#x} bytes from {LOAD_PHYSICAL_ADDR:#x} on"
+        raise FormatError("e_entry", at=_E_ENTRY_OFFSET, found=f"{kernel.entry:#x}", expected=expected, source=_SOURCE)
+    return offset
