@@ -13,7 +13,7 @@ from typing import NamedTuple
 from firmware.efi_types import CACHEABLE, EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.ranges import Range, RangeMap
-from guest.units import PAGE_SIZE, round_down, round_up
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, round_down, round_up
 
 _RUNTIME_TYPES = (EfiMemoryType.EfiRuntimeServicesCode, EfiMemoryType.EfiRuntimeServicesData)
 
@@ -71,7 +71,7 @@ class MemoryMap:
     def allocate_at(self, type: int, start: int, size: int) -> bool:
         """Take the pages of ``[start, start + size)``; False, and no change, unless all of them are free."""
         end = start + round_up(size, PAGE_SIZE)
-        if start % PAGE_SIZE or not self._all_free(start, end):
+        if start % PAGE_SIZE or end > PHYSICAL_ADDRESS_END or not self._all_free(start, end):
             return False
         self._convert(start, end, type)
         return True
@@ -79,8 +79,10 @@ class MemoryMap:
     def free(self, start: int, size: int) -> bool:
         """Give pages back; False, and no change, if one of them is not allocated."""
         end = start + round_up(size, PAGE_SIZE)
+        if start % PAGE_SIZE or end > PHYSICAL_ADDRESS_END:
+            return False
         uses = [use for _, _, use in self._uses.runs(start, end)]
-        if start % PAGE_SIZE or any(u is None or u.type == EfiMemoryType.EfiConventionalMemory for u in uses):
+        if any(u is None or u.type == EfiMemoryType.EfiConventionalMemory for u in uses):
             return False
         self._convert(start, end, EfiMemoryType.EfiConventionalMemory)
         return True
