@@ -17,6 +17,7 @@ from firmware.efi_types import (
     EFI_LOAD_FILE2_PROTOCOL_GUID,
     EFI_LOADED_IMAGE_PROTOCOL_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
+    EfiMemoryAttribute,
     EfiMemoryType,
     EfiStatus,
     guid_bytes,
@@ -141,7 +142,9 @@ class _Stub:
         self._efi.free_pool(memmap.gpa)
         for d in sorted(descriptors, key=lambda d: d.start):
             start = round_up(max(d.start, LOAD_PHYSICAL_ADDR), max(align, PAGE_SIZE))
-            if d.type != EfiMemoryType.EfiConventionalMemory or start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
+            if d.type != EfiMemoryType.EfiConventionalMemory or d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP:
+                continue
+            if start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
                 continue
             if self._efi.allocate_pages_at(start, init_size):
                 return start
