@@ -104,13 +104,19 @@ class _Stub:
         return params
 
     def _command_line(self) -> None:
-        """efi_convert_cmdline(): load options from UTF-16 to UTF-8, up to a NUL or a line end."""
+        """efi_convert_cmdline(): load options from UTF-16 to UTF-8, up to a NUL or a line end.
+
+        A line of 2048 bytes or more is cut at its last white space outside quotes.
+        """
         size = min(self._image["LoadOptionsSize"], _MAX_LOAD_OPTIONS)
         options = self._memory.read(self._image["LoadOptions"], size // 2 * 2) if size else b""
         text = options.decode("utf-16-le", errors="replace").split("\0")[0].split("\n")[0]
-        line = text.encode()[: COMMAND_LINE_SIZE - 1] + b"\0"
-        at = self._efi.allocate_pool(len(line))
-        self._memory.write(at, line)
+        line = text.encode()
+        if len(line) >= COMMAND_LINE_SIZE:
+            line = line[: _last_space(line[:COMMAND_LINE_SIZE])]
+            self._machine.print(f"EFI stub: ERROR: Command line is too long: truncated to {len(line)} bytes")
+        at = self._efi.allocate_pool(len(line) + 1)
+        self._memory.write(at, line + b"\0")
         self._params["hdr.cmd_line_ptr"] = at & 0xFFFF_FFFF
         self._params["ext_cmd_line_ptr"] = at >> 32
 
@@ -199,3 +205,13 @@ class _Stub:
         vendor = self._efi.bytes_at_scratch(guid_bytes(EFI_GLOBAL_VARIABLE_GUID), behind=len(text))
         size, data = self._efi.slot(1, 1), self._efi.slot(2)
         return self._efi.runtime("GetVariable", name_at, vendor, 0, size, data), self._efi.load(2) & 0xFF
+
+
+def _last_space(line: bytes) -> int:
+    """Offset of the last white space outside double quotes; 0 if there is none."""
+    last, quoted = 0, False
+    for at, byte in enumerate(line):
+        quoted ^= byte == ord('"')
+        if not quoted and byte in b" \t\v\f\r":
+            last = at
+    return last
