@@ -129,12 +129,17 @@ class _Stub:
         """
         params, base, size = self._params, self._image["ImageBase"], self._image["ImageSize"]
         setup_size = (self._memory.read_uint(base + SETUP_HEADER_OFFSET, 1) + 1) * SECTOR
+        if setup_size > size:
+            raise FormatError(
+                "setup_header.setup_sects", at=base + SETUP_HEADER_OFFSET, found=f"{setup_size} bytes of setup",
+                expected=f"at most the image, {size} bytes", source="Documentation/arch/x86/boot.rst",
+            )  # fmt: skip
         init_size = params["hdr.init_size"]
         if base >= LOAD_PHYSICAL_ADDR and base + size <= _MAX_PHYSICAL and size >= init_size:
             return base + setup_size, setup_size
         startup_32 = base + setup_size
         target = self._efi_relocate_kernel(init_size)
-        self._memory.write(target, self._memory.read(startup_32, size - setup_size))
+        self._memory.write(target, self._memory.read(startup_32, min(size - setup_size, init_size)))
         self._machine.note(f"kernel image moved from {startup_32:#x} to {target:#x}, {init_size:#x} bytes")
         return target, 0
 
