@@ -68,17 +68,19 @@ class _Stub:
         interface = efi.handle_protocol(image_handle, EFI_LOADED_IMAGE_PROTOCOL_GUID)
         self._image = GuestRecord(machine.memory, interface, EFI_LOADED_IMAGE_PROTOCOL)
         self._params = self._allocate_boot_params()
+        self._soft_reserve = True
 
     def run(self) -> None:
         """efi_pe_entry() and efi_main()."""
         params, regs = self._params, self._machine.regs
-        self._command_line()
+        self._soft_reserve = "nosoftreserve" not in _efi_options(self._command_line())
         startup_32, image_offset = self._relocate()
         params["hdr.code32_start"] = startup_32 & 0xFFFF_FFFF
         self._load_initrd()
         params["secure_boot"] = self._secure_boot()
         accept = PlatformAccept(self._machine)
-        status = ExitBoot(self._machine, self._efi, params.gpa, accept, self._protocol).run(self._handle)
+        exit_boot = ExitBoot(self._machine, self._efi, params.gpa, accept, self._protocol, self._soft_reserve)
+        status = exit_boot.run(self._handle)
         if status != EfiStatus.EFI_SUCCESS:
             raise EfiError(status)
         regs.rsi, regs.rip, regs.rdx = params.gpa, startup_32 + STARTUP_64_OFFSET, image_offset
@@ -103,7 +105,7 @@ class _Stub:
         params["hdr.type_of_loader"] = EFI_STUB_LOADER
         return params
 
-    def _command_line(self) -> None:
+    def _command_line(self) -> str:
         """efi_convert_cmdline(): load options from UTF-16 to UTF-8, up to a NUL or a line end.
 
         A line of 2048 bytes or more is cut at its last white space outside quotes.
@@ -119,6 +121,7 @@ class _Stub:
         self._memory.write(at, line + b"\0")
         self._params["hdr.cmd_line_ptr"] = at & 0xFFFF_FFFF
         self._params["ext_cmd_line_ptr"] = at >> 32
+        return line.decode(errors="replace")
 
     def _relocate(self) -> tuple[int, int]:
         """Address of startup_32 and its distance from the memory that the kernel can be unpacked into.
@@ -153,7 +156,8 @@ class _Stub:
         self._efi.free_pool(memmap.gpa)
         for d in sorted(descriptors, key=lambda d: d.start):
             start = round_up(max(d.start, LOAD_PHYSICAL_ADDR), max(align, PAGE_SIZE))
-            if d.type != EfiMemoryType.EfiConventionalMemory or d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP:
+            soft_reserved = self._soft_reserve and d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP
+            if d.type != EfiMemoryType.EfiConventionalMemory or soft_reserved:
                 continue
             if start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
                 continue
@@ -220,3 +224,8 @@ def _last_space(line: bytes) -> int:
         if not quoted and byte in b" \t\v\f\r":
             last = at
     return last
+
+
+def _efi_options(line: str) -> set[str]:
+    """The words of all ``efi=`` parameters of a command line (efi_parse_options())."""
+    return {option for word in line.split() if word.startswith("efi=") for option in word[4:].split(",")}
