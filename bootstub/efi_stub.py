@@ -86,7 +86,10 @@ class _Stub:
         regs.rsi, regs.rip, regs.rdx = params.gpa, startup_32 + STARTUP_64_OFFSET, image_offset
 
     def _allocate_boot_params(self) -> GuestRecord:
-        """A zeroed page with the image's setup header, from ``jump`` on, and what the stub fills in itself."""
+        """A zeroed page with the image's setup header, from ``jump`` on, and what the stub fills in itself.
+
+        Initrd and setup_data of the image's own header are dropped: they were meant for another boot loader.
+        """
         gpa = self._efi.allocate_pages(BOOT_PARAMS_SIZE)
         self._memory.clear(gpa, gpa + BOOT_PARAMS_SIZE)
         offset, _ = field_extents(BOOT_PARAMS)["hdr.jump"]
@@ -103,6 +106,8 @@ class _Stub:
         params["hdr.vid_mode"] = 0xFFFF
         params["hdr.boot_flag"] = BOOT_FLAG
         params["hdr.type_of_loader"] = EFI_STUB_LOADER
+        for name in ("ramdisk_image", "ramdisk_size", "setup_data"):
+            params[f"hdr.{name}"] = 0
         return params
 
     def _command_line(self) -> str:
