@@ -34,7 +34,7 @@ def decompress(machine: Machine) -> None:
     params = GuestRecord(memory, regs.rsi, BOOT_PARAMS)
     startup_32 = regs.rip - STARTUP_64_OFFSET
     payload_at = startup_32 + params["hdr.payload_offset"]
-    payload = memory.read(payload_at, params["hdr.payload_length"])
+    payload = memory.read(payload_at, _payload_length(params))
     output = _output_address(params, startup_32 - regs.rdx)
     needed = _needed_size(params, output_len(payload, at=payload_at))
     text = "Decompressing Linux... "
@@ -50,6 +50,17 @@ def decompress(machine: Machine) -> None:
     machine.print("Booting the kernel.")
     machine.note(f"kernel at {output:#x}, {len(kernel.segments)} segments")
     regs.rip = output + _entry_offset(kernel, needed)
+
+
+def _payload_length(params: GuestRecord) -> int:
+    """Bytes of the payload, which must end inside the image's memory."""
+    offset, length, init_size = (params[f"hdr.{name}"] for name in ("payload_offset", "payload_length", "init_size"))
+    if offset + length > init_size:
+        raise FormatError(
+            "setup_header.payload_length", at=params.gpa + 0x24C, found=f"{length:#x} bytes from {offset:#x} on",
+            expected=f"an end inside init_size, {init_size:#x}", source="Documentation/arch/x86/boot.rst",
+        )  # fmt: skip
+    return length
 
 
 def _output_address(params: GuestRecord, image: int) -> int:
