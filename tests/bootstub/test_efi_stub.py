@@ -320,7 +320,12 @@ def test_system_table_in_unaccepted_memory(new_boot):
     with pytest.raises(MemoryFault) as caught:
         boot.run("efi-stub")
     fault = caught.value
-    assert (fault.gpa & ~0xFFF, fault.kind, fault.state, fault.stage) == (5 * GIB, "read", "FREE", "efi-stub")
+    assert (fault.gpa & ~0xFFF, fault.kind, fault.state, fault.stage) == (
+        5 * GIB,
+        "read",
+        "FREE (not accepted)",
+        "efi-stub",
+    )
 
 
 def test_protocols():
