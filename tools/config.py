@@ -130,7 +130,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def boot_config(args: argparse.Namespace) -> BootConfig:
     """The boot that the arguments describe. Files are read here; raises ``FormatError`` and ``OSError``."""
-    texts = _from_toml(args.config) if args.config else {}
+    texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
     if "memory" in texts and "efi-map" in texts:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read commands until their end; 1 if the guest died."""
-    lines = read_text(args.commands).splitlines() if args.commands else None
+    lines = read_text(args.commands).splitlines() if args.commands is not None else None
     stepper = Stepper(boot_config(args), lines)
     for text in args.breaks:
         stepper.breakpoints.append(parse_breakpoint(text))
