@@ -123,8 +123,8 @@ class Stepper(cmd.Cmd):
         return self._go(running=True)
 
     def do_back(self, arg: str) -> bool:
-        """back: go back to before the stage that ran last, or that is stopped now. The boot runs again up to there."""
-        stages = len(self._boot.done) - (not self._paused)
+        """back: go back to before the stage that ran last, died, or is stopped. The boot runs again up to there."""
+        stages = len(self._boot.done) - (not self._paused and not self.dead)
         if stages < 0:
             self._say("back: this is the start")
             return False
