@@ -13,8 +13,9 @@ from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.ranges import Range
 from guest.records import GuestRecord
-from guest.units import SZ_1M, SZ_64K
+from guest.units import PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
 from kernel.kernel import Kernel
+from kernel.page_alloc import PageAllocator
 
 _TABLE_NAMES = {guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0"}
 _MAX_MEMMAP_SIZE = 1 << 24
@@ -124,6 +125,14 @@ def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:
             if d.start >= SZ_1M:
                 reserved.append(Range(d.start, d.end))
     return reserved
+
+
+def efi_free_boot_services(kernel: Kernel, allocator: PageAllocator) -> None:
+    """Give boot services memory that was kept aside to the page allocator."""
+    for start, end in kernel.boot_services:
+        kernel.memblock.phys_free(start, end - start)
+        if PFN_UP(start) < PFN_DOWN(end):
+            allocator.free_pages_core(PFN_UP(start), PFN_DOWN(end))
 
 
 def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[str, int]]:

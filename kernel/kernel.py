@@ -37,6 +37,7 @@ class Kernel:
     efi_memmap: list[MemoryDescriptor] = field(default_factory=list)
     boot_services: list[Range] = field(default_factory=list)
     max_pfn: int = 0
+    swiotlb_size: int = 0
     allocator: PageAllocator | None = None
 
     @classmethod

@@ -1,6 +1,6 @@
 """Stage ``mm-init``: node and zones, the last memblock callers, then everything to the page allocator.
 
-Sources: arch/x86/mm/{numa,init_64}.c, mm/{sparse,mm_init,memblock}.c, mm/percpu.c, kernel/dma/swiotlb.c (6.3).
+Sources: arch/x86/mm/{numa,init_64}.c, mm/{sparse,mm_init,memblock}.c, mm/percpu.c (6.3).
 Sizes are those that the named functions compute; callers that take a few hundred bytes are left out.
 """
 
@@ -10,23 +10,21 @@ from guest.units import (
     DIV_ROUND_UP,
     PAGE_SHIFT,
     PAGE_SIZE,
-    PFN_DOWN,
     PFN_PHYS,
-    PFN_UP,
     PMD_SIZE,
     SZ_1G,
     SZ_1M,
-    SZ_4G,
     SZ_16M,
     SZ_64M,
     SZ_128M,
-    round_down,
     round_up,
 )
+from kernel.efi import efi_free_boot_services
 from kernel.kernel import Kernel
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.mmzone import Zone, free_area_init, memory_node_lines, zone_ranges_lines
 from kernel.page_alloc import PageAllocator
+from kernel.swiotlb import swiotlb_init
 
 NODE_DATA_SIZE = 43 * PAGE_SIZE
 """pg_data_t of a 6.x distribution kernel in whole pages (alloc_node_data())."""
@@ -37,7 +35,6 @@ MEMMAP_PER_SECTION = SECTION_SIZE // PAGE_SIZE * STRUCT_PAGE_SIZE
 USEMAP_PER_SECTION = 56
 PERCPU_UNIT_SIZE, PERCPU_USED_PAGES = PMD_SIZE, 66
 """One CPU's unit, and what of it stays after pcpu_embed_first_chunk() gave the rest back (6.12, one CPU)."""
-IO_TLB_DEFAULT_SIZE = SZ_64M
 
 
 def mm_init(kernel: Kernel) -> None:
@@ -49,12 +46,12 @@ def mm_init(kernel: Kernel) -> None:
     present = sum(zone.present_pages for zone in zones)
     for name, scale in (("Dentry", 13), ("Inode", 14)):
         _alloc_large_system_hash(kernel, name, present, scale)
-    _swiotlb_init(kernel)
+    swiotlb_init(kernel)
     allocator = kernel.allocator = PageAllocator(zones, kernel.unaccepted, lazy=kernel.early.lazy_accept)
     for pages in kernel.memblock.free_all(kernel.max_pfn):
         allocator.free_pages_core(pages.start, pages.end)
     _mem_init_print_info(kernel, zones)
-    _efi_free_boot_services(kernel)
+    efi_free_boot_services(kernel, allocator)
 
 
 def _initmem_init(kernel: Kernel) -> None:
@@ -120,27 +117,6 @@ def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) 
     )
 
 
-def _swiotlb_init(kernel: Kernel) -> None:
-    """Bounce buffers of a confidential guest: 6 % of memory, 64 MiB to 1 GiB, rounded up to a power of two.
-
-    They lie below 4 GiB. Source: arch/x86/mm/mem_encrypt.c, mem_encrypt_setup_arch(); kernel/dma/swiotlb.c.
-    """
-    size = min(max(kernel.memblock.phys_mem_size() * 6 // 100, IO_TLB_DEFAULT_SIZE), SZ_1G)
-    size = round_down(size, 2048)
-    kernel.machine.print(f"software IO TLB: SWIOTLB bounce buffer size adjusted to {size >> 20}MB")
-    rounded = 1 << (size - 1).bit_length()
-    if rounded != size:
-        kernel.machine.print(f"software IO TLB: SWIOTLB bounce buffer size roundup to {rounded >> 20}MB")
-    start = kernel.memblock.phys_alloc_range(rounded, PAGE_SIZE, 0, SZ_4G)
-    if start == 0:
-        kernel.machine.print(
-            f"software IO TLB: swiotlb_memblock_alloc: Failed to allocate {rounded} bytes for tlb structure"
-        )
-        return
-    kernel.machine.memory.clear(start, start + rounded)
-    kernel.machine.print(f"software IO TLB: mapped [mem {start:#018x}-{start + rounded:#018x}] ({rounded >> 20}MB)")
-
-
 def _mem_init_print_info(kernel: Kernel, zones: list[Zone]) -> None:
     """The ``Memory:`` line, without the sizes of the kernel's sections, which its image does not tell."""
     free, managed, present = (
@@ -148,12 +124,3 @@ def _mem_init_print_info(kernel: Kernel, zones: list[Zone]) -> None:
         for name in ("nr_free_pages", "managed_pages", "present_pages")
     )
     kernel.machine.print(f"Memory: {free}K/{present}K available ({present - managed}K reserved, 0K cma-reserved)")
-
-
-def _efi_free_boot_services(kernel: Kernel) -> None:
-    """Boot services memory that was kept aside goes to the page allocator too (efi_free_boot_services())."""
-    assert kernel.allocator is not None
-    for start, end in kernel.boot_services:
-        kernel.memblock.phys_free(start, end - start)
-        if PFN_UP(start) < PFN_DOWN(end):
-            kernel.allocator.free_pages_core(PFN_UP(start), PFN_DOWN(end))

@@ -30,6 +30,7 @@ from guest.units import (
 from kernel.e820 import memory_setup
 from kernel.efi import efi_init, efi_memblock_x86_reserve_range, efi_reserve_boot_services
 from kernel.kernel import MAX_ARCH_PFN, Kernel
+from kernel.swiotlb import mem_encrypt_setup_arch
 
 BIOS_START_MAX = 0x9F000
 """Where the BIOS region starts if the BIOS data area does not say (arch/x86/kernel/ebda.c)."""
@@ -56,6 +57,7 @@ def setup_arch(machine: Machine) -> Kernel:
     kernel.memblock.current_limit = ISA_END_ADDRESS
     _e820_memblock_setup(kernel)
     kernel.boot_services = efi_reserve_boot_services(kernel)
+    mem_encrypt_setup_arch(kernel)
     _reserve_real_mode(kernel)
     _init_mem_mapping(kernel)
     if kernel.ramdisk.size:

@@ -37,7 +37,7 @@ LOW_E820 = [  # OVMF's RAM below 4 GiB; the last map's page moves with what the 
 ]
 
 
-def expected_log(cmdline: str, map_page: int, high_end: int) -> list[str]:
+def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> list[str]:
     """The whole log of setup_arch for a guest under OVMF."""
     pages = (map_page - 1, map_page, map_page + 0xFFF, map_page + 0x1000)
     return [
@@ -53,23 +53,25 @@ def expected_log(cmdline: str, map_page: int, high_end: int) -> list[str]:
         "e820: remove [mem 0x000a0000-0x000fffff] usable",
         f"last_pfn = {high_end >> 12:#x} max_arch_pfn = 0x10000000000",
         "last_pfn = 0x7fef4 max_arch_pfn = 0x10000000000",
+        f"software IO TLB: SWIOTLB bounce buffer size adjusted to {swiotlb}MB",
     ]
 
 
 @pytest.mark.parametrize(
-    ("memory", "high_end"), [(4 * GIB, 6 * GIB), (64 * GIB, 66 * GIB), (5 * GIB + 12 * KIB, 7 * GIB + 12 * KIB)]
+    ("memory", "high_end", "swiotlb"),
+    [(4 * GIB, 6 * GIB, 245), (64 * GIB, 66 * GIB, 1024), (5 * GIB + 12 * KIB, 7 * GIB + 12 * KIB, 306)],
 )
-def test_log(new_boot, log, memory, high_end):
+def test_log(new_boot, log, memory, high_end, swiotlb):
     """Line by line what setup_arch prints for a guest with memory above 4 GiB."""
     boot = new_boot("setup-arch", memory=memory, cmdline="quiet")
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end)
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end, swiotlb)
 
 
 def test_log_with_an_initrd(new_boot, log):
     """The initrd is announced last, and it is reserved to the end of its last page."""
     boot = new_boot("setup-arch", initrd=INITRD, cmdline="quiet")
     ramdisk = ["RAMDISK: [mem 0x7d8f8000-0x7d8fa70f]"]
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB) + ramdisk
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB, 245) + ramdisk
     assert all(boot.kernel.memblock.is_reserved(at) for at in (0x7D8F8000, 0x7D8FA70F, 0x7D8FAFFF))
     assert boot.physical.read(0x7D8F8000, len(INITRD)) == INITRD
 

@@ -1,0 +1,63 @@
+"""``unaccepted conform`` on the recorded answers of the real code."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.cli import main
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+
+
+def first_case(family: str) -> dict[str, object]:
+    """The first recorded case of a family that has operations."""
+    with gzip.open(VECTORS / f"{family}.jsonl.gz", "rt") as file:
+        return next(case for line in file if (case := json.loads(line)).get("ops"))
+
+
+def test_every_v9_case_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    """All cases of the developer set agree in bitmap, e820, e820ext and call log."""
+    assert main(["conform", str(VECTORS / "v9.jsonl.gz"), str(VECTORS / "e820.jsonl.gz")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:]] == [["v9", "998", "998", "0"], ["e820", "477", "477", "0"]]
+
+
+@pytest.mark.parametrize("field", ["bits", "e820", "acc", "log", "ram_pfn", "rsv", "status", "n", "bm", "ext_pool"])
+def test_a_changed_answer_is_found(field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever field of a case is changed, the command names it and exits 1."""
+    case = first_case("v9")
+    value = case[field]
+    if isinstance(value, int):
+        case[field] = value + 1
+    elif isinstance(value, str):
+        case[field] = "ff" + value[2:]
+    elif isinstance(value, dict):
+        value["n"] += 1
+    else:
+        assert isinstance(value, list)
+        case[field] = [*value, 0]
+    path = tmp_path / "v9.jsonl"
+    path.write_text(json.dumps(case) + "\n")
+    assert main(["conform", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert f"    {field}" in out
+    assert out.splitlines()[-1].split() == ["v9", "1", "0", "1"]
+
+
+def test_a_changed_operation_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A different answer of one follow-up operation is named by its number and kind."""
+    case = first_case("v9")
+    ops = case["ops"]
+    assert isinstance(ops, list)
+    number, op = next((n, op) for n, op in enumerate(ops) if op[0] == "R")
+    op[3] = 1 - op[3]
+    path = tmp_path / "v9.jsonl"
+    path.write_text(json.dumps(case) + "\n")
+    assert main(["conform", "--json", "short", str(path)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (differing,) = report["files"][0]["differing"]
+    assert [line.split(":")[0] for line in differing["differences"]] == [f"ops[{number}] R"]
