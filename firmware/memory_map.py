@@ -53,13 +53,16 @@ class MemoryMap:
     def allocate(self, type: int, size: int, below: int, align: int = PAGE_SIZE) -> int | None:
         """Take whole pages for ``size`` bytes with the highest address whose end is not above ``below``.
 
-        Returns the address, or None if no free range fits. The map is unchanged then.
+        Memory for a special purpose (EFI_MEMORY_SP) is left alone, as edk2 leaves it. Returns the address, or
+        None if no free range fits. The map is unchanged then.
         """
         size = round_up(size, PAGE_SIZE)
         best = None
         for region in self._regions:
             for start, end, use in self._uses.runs(*region):
                 if use is None or use.type != EfiMemoryType.EfiConventionalMemory:
+                    continue
+                if use.attribute & EfiMemoryAttribute.EFI_MEMORY_SP:
                     continue
                 address = round_down(min(end, below) - size, align)
                 if address >= start and (best is None or address > best):
