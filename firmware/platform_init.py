@@ -51,8 +51,8 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
-    machine.regs.rsp = _stack(services)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
+    machine.regs.rsp = _stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
 

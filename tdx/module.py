@@ -107,15 +107,9 @@ class TdxModule:
         if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
             raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
         done, status = self._mem_page_accept(rcx, count)
-        name = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
-        if done:
-            self._trace.add(TdCall(name, rcx, TDX_SUCCESS, done))
         if status != TDX_SUCCESS:
-            self._trace.add(TdCall(name, rcx + done * step, status, 1))
-        calls = done + (status != TDX_SUCCESS)
-        pages = done * LEVEL_SIZE[level] // PAGE_SIZE if done else 0
-        self._clock.advance(calls * self._costs.tdcall + pages * self._costs.zero_4k)
-        regs.rax, regs.rcx = status, rcx + step * (calls - 1)
+            self._count_accepts(rcx + done * step, status, 1)
+        regs.rax, regs.rcx = status, rcx + step * (done if status != TDX_SUCCESS else done - 1)
         return done
 
     def _mem_page_accept(self, rcx: int, count: int) -> tuple[int, int]:
@@ -127,10 +121,20 @@ class TdxModule:
         size = LEVEL_SIZE[level]
         valid = min(count, (self._config.shared_mask - gpa) // size)
         done, status = 0, TDX_SUCCESS
-        while done < valid and status == TDX_SUCCESS:
-            accepted, status = self._accept_some(gpa + done * size, level, valid - done)
-            done += accepted
+        try:
+            while done < valid and status == TDX_SUCCESS:
+                accepted, status = self._accept_some(gpa + done * size, level, valid - done)
+                done += accepted
+        finally:  # what succeeded counts, even if the next page is fatal
+            if done:
+                self._count_accepts(rcx, TDX_SUCCESS, done)
         return done, invalid if status == TDX_SUCCESS and done < count else status
+
+    def _count_accepts(self, rcx: int, status: int, count: int) -> None:
+        """Put ``count`` accepts with one status, the first of them of ``rcx``, into trace and time."""
+        pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE if status == TDX_SUCCESS else 0
+        self._trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, rcx, status, count))
+        self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)
 
     def _accept_some(self, gpa: int, level: int, count: int) -> tuple[int, int]:
         """Accept what is alike from ``gpa`` on. (0, TDX_SUCCESS) means: after a TD exit, look again."""

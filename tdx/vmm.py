@@ -87,7 +87,7 @@ class Host:
     def _map_gpa(self, gpa: int, size: int) -> tuple[int, int]:
         """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
         start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
-        if end > self.shared_mask:
+        if size == 0 or end > self.shared_mask:
             return VmCallStatus.INVALID_OPERAND, gpa
         if gpa % PAGE_SIZE or size % PAGE_SIZE:
             return VmCallStatus.ALIGN_ERROR, gpa

@@ -37,6 +37,8 @@ class Option:
 
 def read_file(path: str) -> bytes:
     """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+    if "\0" in path:
+        raise FormatError(repr(path), found="a NUL character", expected="the name of a file", source=_SOURCE)
     size = Path(path).stat().st_size
     if size > _MAX_FILE:
         raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
@@ -85,6 +87,13 @@ def _efi_map(path: str) -> Any:
     return parse_efi_map(read_text(path), path)
 
 
+def _cmdline(text: str) -> str:
+    """The command line; bytes of the shell's that are no UTF-8 reach Python as lone surrogates."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise FormatError("--cmdline", found=repr(text), expected="UTF-8", source=_SOURCE)
+    return text
+
+
 def _protocol(text: str) -> Any:
     from bootstub.protocol import PROTOCOLS
 
@@ -116,7 +125,7 @@ OPTIONS = (
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd, handed over by LoadFile2", "initrd", read_file),
-    Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", str),
+    Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
     Option(
         "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default) or 4K",
@@ -139,7 +148,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def boot_config(args: argparse.Namespace) -> BootConfig:
     """The boot that the arguments describe. Files are read here; raises ``FormatError`` and ``OSError``."""
-    texts = _from_toml(args.config) if args.config else {}
+    texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
     if "memory" in texts and "efi-map" in texts:
@@ -173,12 +182,12 @@ def _from_toml(path: str) -> dict[str, str]:
 
     try:
         data = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number that Python will not read
         raise FormatError(path, found=str(error), expected="TOML", source="toml.io") from error
     known = {option.name for option in OPTIONS}
     for key, value in data.items():
         if key not in known:
             raise FormatError(path, found=f"key {key!r}", expected=", ".join(sorted(known)), source=_SOURCE)
         if not isinstance(value, str):
-            raise FormatError(f"{path}, {key}", found=repr(value), expected="a string", source=_SOURCE)
+            raise FormatError(f"{path}, {key}", found=type(value).__name__, expected="a string", source=_SOURCE)
     return data

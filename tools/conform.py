@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -21,6 +22,11 @@ from tools.render import add_json_option, json_text, print_table
 
 FAMILIES = ("v9", "e820")
 """Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``."""
+
+_NO_CASE = (
+    KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError, struct.error,
+)  # fmt: skip
+"""What comes of fields that are missing, of another type, or far too large."""
 
 _MAX_LINE = 1 << 26
 _SOURCE = "unaccepted conform --help"
@@ -69,7 +75,7 @@ def _compare(run_case: Callable[[dict[str, Any]], list[str]], case: dict[str, An
         return run_case(case)
     except BootError as error:
         return [f"our stages stopped: {error}"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+    except _NO_CASE as error:
         found = f"{type(error).__name__}: {error}"[:80]
         raise FormatError(where, found=found, expected="a case of this family", source=_SOURCE) from error
 
