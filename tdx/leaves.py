@@ -15,8 +15,14 @@ class Leaf(IntEnum):
     """RCX = mask of exposed registers; R10 = 0, R11 = sub-function, R12..R15 = arguments."""
     TDG_VP_INFO = 1
     """Out: RCX = GPA width, RDX = ATTRIBUTES, R8 = VCPUs (31:0 number, 63:32 maximum), R9 = VCPU index."""
+    TDG_VP_VEINFO_GET = 3
+    """Out: RCX = exit reason, RDX = exit qualification, R8 = GLA, R9 = GPA, R10 = instruction length (31:0)."""
     TDG_MEM_PAGE_ACCEPT = 6
     """In: RCX = GPA | level (0 = 4 KiB, 1 = 2 MiB). Out: RAX only."""
+    TDG_VM_RD = 7
+    """In: RCX = 0, RDX = field id. Out: R8 = value."""
+    TDG_VM_WR = 8
+    """In: RCX = 0, RDX = field id, R8 = value, R9 = write mask. Out: R8 = the value before."""
 
     @property
     def spec_name(self) -> str:
