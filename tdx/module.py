@@ -14,7 +14,7 @@ from guest.memory import AccessKind, PhysicalMemory
 from guest.registers import Registers
 from guest.trace import Trace
 from guest.units import PAGE_SIZE
-from tdx.cpuid import td_cpuid
+from tdx.cpuid import host_cpuid, native_leaf, td_cpuid
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 from tdx.metadata import ATTRIBUTES_SEPT_VE_DISABLE, CONFIG_FLAGS_FLEXIBLE_PENDING_VE, CONFIG_FLAGS_GPAW, Metadata
@@ -101,8 +101,12 @@ class TdxModule:
         )  # fmt: skip
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-        """As the table of a TD says; a leaf that is not in it answers zero."""
-        return self._cpuid.get((leaf, subleaf), (0, 0, 0, 0))
+        """The module's answer, or the host's where the module has none."""
+        return native_leaf(self._cpuid, leaf, subleaf) or host_cpuid(leaf)
+
+    def cpuid_is_native(self, leaf: int, subleaf: int) -> bool:
+        """Whether the module itself answers; if not, the instruction raises #VE in a real TD."""
+        return native_leaf(self._cpuid, leaf, subleaf) is not None
 
     def inject_ve(self, info: VeInfo) -> int:
         """Keep ``info`` for TDG.VP.VEINFO.GET; returns the vector to raise in the guest.
