@@ -14,6 +14,14 @@ from tdx.leaves import SubFunction, VmCallStatus
 
 _MASK32 = (1 << 32) - 1
 _PORTS = 1 << 16
+_KEPT_MSRS = {
+    0x3A: 1,  # FEAT_CTL: locked
+    0x8B: 1 << 32,  # UCODE_REV
+    0x140: 0,  # MISC_FEATURES_ENABLES
+    0x179: 0,  # MCG_CAP: no banks
+    0x17A: 0,  # MCG_STATUS
+}
+"""MSRs that Linux 6.12 asks the host for; KVM emulates them (tdx_has_emulated_msr())."""
 _FATAL_ERROR_TEXT = ("r14", "r15", "rbx", "rdi", "rsi", "r8", "r9", "rdx")
 
 
@@ -44,7 +52,7 @@ class Instructions:
     """A host's answers. ``msrs`` are the MSRs that it keeps for the guest, by index; it refuses all others."""
 
     ports: Ports = field(default_factory=NoPorts)
-    msrs: dict[int, int] = field(default_factory=dict)
+    msrs: dict[int, int] = field(default_factory=_KEPT_MSRS.copy)
 
     def answer(self, regs: Registers) -> VmCallStatus | None:
         """Do the instruction that R11 names, with results in ``regs``: its status, None if R11 names none.

@@ -32,9 +32,9 @@ class VeInfo:
     gpa: int = 0
 
 
-def io_qualification(port: int, size: int, is_in: bool) -> int:
-    """Exit qualification of an I/O instruction: 2:0 size - 1, 3 direction (1 = IN), 31:16 port.
+def io_qualification(port: int, size: int, is_in: bool, is_string: bool = False) -> int:
+    """Exit qualification of an I/O instruction: 2:0 size - 1, 3 direction (1 = IN), 4 string, 31:16 port.
 
-    The operand's encoding (bit 6) is left out. Source: SDM volume 3, table 28-5.
+    REP (bit 5) and the operand's encoding (bit 6) are left out. Source: SDM volume 3, table 28-5.
     """
-    return port << 16 | is_in << 3 | size - 1
+    return port << 16 | is_string << 4 | is_in << 3 | size - 1

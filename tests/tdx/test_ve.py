@@ -57,5 +57,6 @@ def test_a_second_ve_before_the_first_was_read_is_a_double_fault(module: TdxModu
     ],
 )
 def test_exit_qualification_of_io(port: int, size: int, is_in: bool, qualification: int) -> None:
-    """Size less one, direction in bit 3, port in the upper half."""
+    """Size less one, direction in bit 3, string in bit 4, port in the upper half."""
     assert io_qualification(port, size, is_in) == qualification
+    assert io_qualification(port, size, is_in, is_string=True) == qualification | 0x10
