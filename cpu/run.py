@@ -15,6 +15,7 @@ from cpu.answer import find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
 from cpu.counter import BlockCounter
 from cpu.devices import Devices
+from cpu.exits import NO_VE, VeConfig
 from cpu.vcpu import Vcpu
 from firmware.efi_types import EfiStatus
 from firmware.pe import parse_pe
@@ -42,12 +43,14 @@ class RunOptions:
     """How far to run the real code.
 
     ``full``: run the decompression too, instead of answering it from outside. ``until``: stop when the kernel puts
-    out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic blocks.
+    out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic blocks. ``ve``:
+    what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
     until: str | None = None
     timeout: int | None = None
+    ve: VeConfig = NO_VE
 
 
 class RealCode:
@@ -62,7 +65,8 @@ class RealCode:
     ) -> None:  # fmt: skip
         self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
-        self.vcpu = Vcpu(machine, physical, Devices(machine.print))
+        self.devices = Devices(machine.print)
+        self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
         self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
         self._entry: int | None = None
 
