@@ -18,6 +18,7 @@ START = "unaccepted-init: start"
 MEMINFO = "unaccepted-init: meminfo"
 """The lines after this one, up to the next of ``/init``, are /proc/meminfo."""
 DONE = "unaccepted-init: done"
+MAX_TOUCHES = 1000
 
 S_IFDIR, S_IFCHR, S_IFREG = 0o040000, 0o020000, 0o100000
 
@@ -73,8 +74,8 @@ def build_initrd(touches: int = 4, touch_bytes: int = 256 * SZ_1M) -> bytes:
 
     After the last time it prints :data:`DONE` and halts the machine by reboot(2).
     """
-    if touches < 0 or touch_bytes <= 0 or touch_bytes % SZ_1M:
-        raise ValueError(f"{touches} times {touch_bytes:#x} bytes: expected a count, and whole MiB")
+    if not 0 <= touches <= MAX_TOUCHES or touch_bytes <= 0 or touch_bytes % SZ_1M:
+        raise ValueError(f"{touches} times {touch_bytes:#x} bytes: expected 0 to {MAX_TOUCHES}, and whole MiB")
     return cpio_newc(
         [
             CpioFile("dev", S_IFDIR | 0o755),
