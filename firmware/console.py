@@ -1,0 +1,51 @@
+"""The console that an image prints on: EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.
+
+Source: UEFI 2.10, section 12.4. Of its functions only OutputString() does something; the others answer
+EFI_UNSUPPORTED, which the trace shows.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+import construct as c
+
+from firmware.boot_services import EfiServices
+from firmware.efi_types import EfiMemoryType, EfiStatus
+
+_FUNCTIONS = (
+    ("Reset", 2),
+    ("OutputString", 2),
+    ("TestString", 2),
+    ("QueryMode", 4),
+    ("SetMode", 2),
+    ("SetAttribute", 2),
+    ("ClearScreen", 1),
+    ("SetCursorPosition", 3),
+    ("EnableCursor", 2),
+)
+EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL = c.Struct(*(name / c.Int64ul for name, _ in _FUNCTIONS), "Mode" / c.Int64ul)
+_MAX_LENGTH = 4096
+"""Characters of one string; the specification has no limit, a string that does not end has."""
+
+
+def install_console(services: EfiServices) -> int:
+    """Write the protocol; returns its address. Each complete line is put out by the machine."""
+    machine, line = services.machine, [""]
+
+    def output_string(this: int, string: int) -> int:
+        units = (machine.memory.read(string + 2 * number, 2) for number in range(_MAX_LENGTH))
+        text = b"".join(takewhile(lambda unit: unit != b"\0\0", units)).decode("utf-16-le", errors="replace")
+        *complete, line[0] = (line[0] + text).split("\n")
+        for each in complete:
+            machine.print(each.rstrip("\r"))
+        return EfiStatus.EFI_SUCCESS
+
+    code = EfiMemoryType.EfiBootServicesCode
+    gates = [
+        services.install_gates((function,), code, output_string if function[0] == "OutputString" else None)[0]
+        for function in _FUNCTIONS
+    ]
+    fields = {name: gate for (name, _), gate in zip(_FUNCTIONS, gates, strict=True)}
+    protocol = EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.build(fields | {"Mode": 0})
+    return services.arena.put(EfiMemoryType.EfiBootServicesData, protocol)
