@@ -32,7 +32,7 @@ _TABLE_NAMES = {
     guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0",
     guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
 }
-_EFI_UNACCEPTED_MEMORY = struct.Struct("<IIQQ")
+EFI_UNACCEPTED_MEMORY = struct.Struct("<IIQQ")
 """struct efi_unaccepted_memory before its bitmap: version, unit_size, phys_base, size of the bitmap in bytes."""
 _MAX_MEMMAP_SIZE = 1 << 24
 _MAX_BITMAP_SIZE = 1 << 28
@@ -168,13 +168,13 @@ def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[s
 def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     """Keep the table of unaccepted memory that a mainline stub left, and take the bitmap from it."""
     memory = kernel.machine.memory
-    header = memory.read(table, _EFI_UNACCEPTED_MEMORY.size)
-    version, unit_size, phys_base, size = _EFI_UNACCEPTED_MEMORY.unpack(header)
+    header = memory.read(table, EFI_UNACCEPTED_MEMORY.size)
+    version, unit_size, phys_base, size = EFI_UNACCEPTED_MEMORY.unpack(header)
     if version != 1 or unit_size < PAGE_SIZE or unit_size & unit_size - 1 or size > _MAX_BITMAP_SIZE:
         kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
         return
-    kernel.memblock.reserve(table, _EFI_UNACCEPTED_MEMORY.size + size)
-    bitmap = GuestBitmap(memory, table + _EFI_UNACCEPTED_MEMORY.size)
+    kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.size + size)
+    bitmap = GuestBitmap(memory, table + EFI_UNACCEPTED_MEMORY.size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size
     kernel.unaccepted = UnacceptedMemory(bitmap, accept, phys_base, described, unit_size)

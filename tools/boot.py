@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from guest.errors import BootError
+from guest.errors import BootError, FormatError
 from guest.trace import Record
 from tools.cli import script
-from tools.config import add_options, boot_config
+from tools.config import add_options, boot_config, read_text
 from tools.pipeline import STAGE_NAMES, Boot, stages_of
 from tools.render import (
     LogText,
@@ -25,6 +26,7 @@ from tools.render import (
     summary_rows,
 )
 from tools.report import summarize
+from tools.verdict import verdict_lines
 
 _UNTIL = (
     f"stop after a stage ({', '.join(STAGE_NAMES)}), or, with --run, when the kernel prints TEXT; "
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", metavar="STAGE|TEXT", help=_UNTIL)
     parser.add_argument("--save", metavar="DIR", help="write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl")
     add_json_option(parser)
+    parser.add_argument("--system-map", metavar="FILE", help="symbols for the report on real code that died")
     parser.add_argument("--timing", action="store_true", help="print how long the boot took on this machine")
     parser.set_defaults(usage_error=parser.error)
 
@@ -66,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         print()
         print_table(*summary_rows(summarize(boot.trace.records)))
+        for line in verdict_lines(boot):
+            print(line)
+    if death is not None and boot.real_code is not None:
+        for line in _postmortem(boot, args.system_map):
+            print(line, file=sys.stderr)
     if args.timing:
         print(f"boot: {elapsed * 1000:.1f} ms on this machine")
     if save is not None:
@@ -88,11 +96,31 @@ def _print_as_it_comes(boot: Boot) -> None:
         boot.progress = lambda blocks: print(f"\r{blocks >> 20} Mi basic blocks\r", end="", file=sys.stderr)
 
 
+def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
+    """How the processor stands where the guest died, with symbols of System.map or of the kernel itself."""
+    from bootstub.bzimage import parse_bzimage
+    from bootstub.payload import decompress
+    from cpu.postmortem import report
+    from cpu.symbols import Symbols, parse_system_map, read_kallsyms
+
+    assert boot.real_code is not None
+    symbols = Symbols((), "", ())
+    if system_map is not None:
+        symbols = parse_system_map(read_text(system_map))
+    else:
+        with suppress(FormatError):  # a payload that only the kernel's own code can unpack
+            symbols = (
+                read_kallsyms(decompress(parse_bzimage(boot.config.kernel).payload(boot.config.kernel))) or symbols
+            )
+    return report(boot.real_code.vcpu, boot.trace, symbols)
+
+
 def _json(boot: Boot, death: BootError | None) -> dict[str, Any]:
     return {
         "schema": 1,
         "stages": summary_json(summarize(boot.trace.records)),
         "log": log_lines(boot.trace.records),
+        "verdict": verdict_lines(boot),
         "error": str(death) if death is not None else None,
     }
 

@@ -19,6 +19,7 @@ from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
 _MAX_TIMEOUT = 1 << 20
+_VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _HOST_LEVELS = {"4K": 0, "2M": 1}
@@ -106,6 +107,13 @@ def _run(text: str) -> Any:
     return _choice("--run", {name: name for name in RUNS})(text)
 
 
+def _ve(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(_VE_NAMES):
+        raise FormatError("--ve", found=repr(text), expected=f"some of {','.join(_VE_NAMES)}", source=_SOURCE)
+    return names
+
+
 def _timeout(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= _MAX_TIMEOUT:
         expected = f"a number from 1 to {_MAX_TIMEOUT}"
@@ -124,7 +132,7 @@ OPTIONS = (
     Option("efi-map", "FILE", "memory map instead: dmesg with efi=debug lines, or JSON", "efi_map", _efi_map),
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
-    Option("initrd", "FILE", "initrd, handed over by LoadFile2", "initrd", read_file),
+    Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
     Option(
@@ -132,6 +140,7 @@ OPTIONS = (
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
+    Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
     Option("timeout", "N", "end real code after N million basic blocks", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
 )  # fmt: skip
@@ -170,6 +179,10 @@ def _check_run(fields: dict[str, Any]) -> None:
         raise FormatError("--run", found="no --kernel", expected="the bzImage to run", source=_SOURCE)
     if fields["run"] == "kernel":
         fields.setdefault("cmdline", REAL_KERNEL_CMDLINE)
+        if "initrd" not in fields:
+            from cpu.initrd import build_initrd
+
+            fields["initrd"] = build_initrd()
     if fields.get("memory", 0) > _MAX_REAL_MEMORY:
         raise FormatError(
             "--memory", found=f"{fields['memory']} bytes", expected="at most 256G with --run", source=_SOURCE

@@ -54,7 +54,7 @@ class BootConfig:
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``.
+    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
     """
 
     kernel: bytes
@@ -69,6 +69,7 @@ class BootConfig:
     full: bool = False
     until: str | None = None
     timeout: int | None = None
+    ve: tuple[str, ...] = ()
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -173,11 +174,14 @@ def _runtime(boot: Boot) -> None:
 def _real_code(boot: Boot) -> RealCode:
     """The vCPU of this boot, made when the first real code runs."""
     if boot.real_code is None:
+        from cpu.exits import VeConfig
         from cpu.run import RealCode, RunOptions
+        from tdx.instructions import Instructions
 
         config = boot.config
-        options = RunOptions(config.full, config.until, config.timeout)
+        options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
+        boot.host.instructions = Instructions(boot.real_code.devices)
     return boot.real_code
 
 
