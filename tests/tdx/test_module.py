@@ -24,7 +24,7 @@ def everything(**changes: int) -> Registers:
     return Registers(**({name: 0x1000 + number for name, number in NUMBER.items()} | changes))
 
 
-@pytest.mark.parametrize("selector", [2, 3, 5, 7, 28, 0xFFFF, 1 << 16 | 1, 1 << 16, 1 << 24, 1 << 32 | 1, 1 << 63 | 6])
+@pytest.mark.parametrize("selector", [2, 5, 12, 28, 0xFFFF, 1 << 16 | 1, 1 << 16, 1 << 24, 1 << 32 | 1, 1 << 63 | 6])
 def test_an_unknown_leaf_or_version_is_refused(td, selector):
     """An unknown leaf, a version above 0 and reserved bits give OPERAND_INVALID | RAX and change nothing."""
     regs = everything(rax=selector)
@@ -191,7 +191,7 @@ def test_memory_can_be_used_right_after_it_is_accepted(td):
         (0x8000_0200_0000_0001, "TDX_OPERAND_BUSY"),
         (0x0000_0B0A_0000_0001, "TDX_PAGE_ALREADY_ACCEPTED"),
         (0xC000_0B0B_0000_0001, "TDX_PAGE_SIZE_MISMATCH"),
-        (0xC000_0704_0000_0000, "0xc000070400000000"),
+        (0xC000_0704_0000_0000, "TDX_NO_VALID_VE_INFO"),
     ],
 )
 def test_a_status_is_named_without_its_details(status, name):

@@ -79,7 +79,7 @@ def test_get_td_vm_call_info_answers_zero(td):
     assert (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15) == (0, 0, 0, 0, 0, 7)
 
 
-@pytest.mark.parametrize("sub_function", [0, 10, 0x10002, 0x10003, ALL_ONES])
+@pytest.mark.parametrize("sub_function", [0, 11, 0x10002, 0x10004, ALL_ONES])
 def test_an_unknown_sub_function_is_unsupported(td, sub_function):
     """The host says so in R10."""
     assert vmcall(td, r11=sub_function).r10 == SUBFUNC_UNSUPPORTED
