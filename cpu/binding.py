@@ -9,6 +9,7 @@ in it is known for one version, and checked before the engine is used.
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ _CPL_MASK = 3
 _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
+_MARKERS = (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D, 0x6996_5555_0FF1_CE00)
 _ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
 
 # What the exception hook gets for an intercepted instruction: EXCP_VMEXIT + exit code of SVM
@@ -266,16 +268,18 @@ def _import_unicorn() -> Any:
 
 
 def _find_state(uc: Any, const: Any) -> int:
-    """Address of CPUX86State: the one place, reached by a pointer in the engine, that follows R15."""
-    candidates: list[int] | None = None
-    for marker in (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D):
+    """Address of CPUX86State: the one place, near a pointer in the engine, that follows R15."""
+    uc.reg_write(const.UC_X86_REG_R15, _MARKERS[0])
+    candidates = set(_pointed_to(uc._uch.value, _MARKERS[0].to_bytes(8, "little")))
+    for marker in _MARKERS[1:]:  # a copy of the first marker, in this very function for one, does not follow
         uc.reg_write(const.UC_X86_REG_R15, marker)
-        found = set(_pointed_to(uc._uch.value, marker.to_bytes(8, "little")))
-        candidates = sorted(found if candidates is None else found & set(candidates))
+        candidates = {at for at in candidates if ctypes.c_uint64.from_address(at).value == marker}
     uc.reg_write(const.UC_X86_REG_R15, 0)
-    if not candidates or len(candidates) != 1:
-        raise EngineError(f"unicorn: CPU state not found; known to work: unicorn {KNOWN_VERSION}")
-    return candidates[0] - 15 * 8
+    if len(candidates) != 1:
+        raise EngineError(
+            f"unicorn: CPU state found in {len(candidates)} places; known to work: unicorn {KNOWN_VERSION}"
+        )
+    return candidates.pop() - 15 * 8
 
 
 def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
@@ -284,9 +288,8 @@ def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
     for word in struct.unpack(f"<{_ENGINE_SCAN // 8}Q", ctypes.string_at(engine, _ENGINE_SCAN)):
         for start, end in regions:
             if start <= word < end:
-                at = ctypes.string_at(word, min(end - word, _STATE_SCAN)).find(pattern)
-                if at >= 0:
-                    yield word + at
+                near = ctypes.string_at(word, min(end - word, _STATE_SCAN))
+                yield from (word + match.start() for match in re.finditer(re.escape(pattern), near))
 
 
 def _writable_regions() -> Iterator[tuple[int, int]]:

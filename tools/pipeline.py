@@ -43,7 +43,7 @@ GPAW = 52
 GPAW_REAL_CODE = 40
 """Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
 DEFAULT_CMDLINE = "nokaslr efi=debug"
-REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0"
+REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0 printk.devkmsg=on"
 """A real kernel prints to the serial port only if it is told to."""
 
 
