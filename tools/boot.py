@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         for line in _postmortem(boot, args.system_map):
             print(line, file=sys.stderr)
     if args.timing:
-        print(f"boot: {elapsed * 1000:.1f} ms on this machine")
+        print(f"boot: {elapsed * 1000:.1f} ms on this machine", file=sys.stderr if args.json else sys.stdout)
     if save is not None:
         _save(boot, save)
     if death is not None:
