@@ -65,7 +65,7 @@ class MemoryMap:
                 if address >= start and (best is None or address > best):
                     best = address
         if best is not None:
-            self._convert(best, best + size, type)
+            self.convert(best, best + size, type)
         return best
 
     def allocate_at(self, type: int, start: int, size: int) -> bool:
@@ -73,7 +73,7 @@ class MemoryMap:
         end = start + round_up(size, PAGE_SIZE)
         if start % PAGE_SIZE or not self._all_free(start, end):
             return False
-        self._convert(start, end, type)
+        self.convert(start, end, type)
         return True
 
     def free(self, start: int, size: int) -> bool:
@@ -82,8 +82,18 @@ class MemoryMap:
         uses = [use for _, _, use in self._uses.runs(start, end)]
         if start % PAGE_SIZE or any(u is None or u.type == EfiMemoryType.EfiConventionalMemory for u in uses):
             return False
-        self._convert(start, end, EfiMemoryType.EfiConventionalMemory)
+        self.convert(start, end, EfiMemoryType.EfiConventionalMemory)
         return True
+
+    def convert(self, start: int, end: int, type: int) -> None:
+        """Change the type of allocator memory; attributes stay, but RUNTIME follows the type."""
+        for low, high, use in list(self._uses.runs(start, end)):
+            attribute = use.attribute if use else CACHEABLE
+            attribute &= ~EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            if type in _RUNTIME_TYPES:
+                attribute |= EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            self._uses.assign(low, high, Use(type, int(attribute)))
+        self.key += 1
 
     def find(self, type: int, size: int) -> int | None:
         """Start of the first range of ``type`` that has ``size`` bytes, or None."""
@@ -95,13 +105,3 @@ class MemoryMap:
     def _all_free(self, start: int, end: int) -> bool:
         free = EfiMemoryType.EfiConventionalMemory
         return all(use is not None and use.type == free for _, _, use in self._uses.runs(start, end))
-
-    def _convert(self, start: int, end: int, type: int) -> None:
-        """Change the type of allocator memory; attributes stay, but RUNTIME follows the type."""
-        for low, high, use in list(self._uses.runs(start, end)):
-            attribute = use.attribute if use else CACHEABLE
-            attribute &= ~EfiMemoryAttribute.EFI_MEMORY_RUNTIME
-            if type in _RUNTIME_TYPES:
-                attribute |= EfiMemoryAttribute.EFI_MEMORY_RUNTIME
-            self._uses.assign(low, high, Use(type, int(attribute)))
-        self.key += 1
