@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 
 from bootstub.bzimage import parse_bzimage
 from bootstub.decompressor import place_segments
@@ -21,7 +22,8 @@ _LEA_RIP_RELATIVE = re.compile(rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3
 _LEA_SIZE, _CALL_SIZE = 7, 5
 
 
-def find_payload_users(bzimage: bytes) -> list[int]:
+@lru_cache(maxsize=1)
+def find_payload_users(bzimage: bytes) -> tuple[int, ...]:
     """Offsets in the image of the functions that use the payload, ascending; in a PE image they are RVAs too.
 
     The first is ``decompress_kernel()``; a second one is ``extract_kernel()`` where the compiler put the first
@@ -43,7 +45,7 @@ def find_payload_users(bzimage: bytes) -> list[int]:
         if match.start() >= start
     }
     functions = {max((target for target in targets if target <= use), default=use) for use in uses}
-    return sorted(functions)
+    return tuple(sorted(functions))
 
 
 def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int) -> int:
@@ -53,6 +55,12 @@ def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int) -> int:
     memory.write(output, vmlinux)
     place_segments(memory, kernel, output)
     return kernel.entry - LOAD_PHYSICAL_ADDR
+
+
+@lru_cache(maxsize=1)
+def entry_offset(bzimage: bytes) -> int:
+    """What the function returns: the distance of the kernel's entry point from where the kernel is."""
+    return load_segments(decompress(parse_bzimage(bzimage).payload(bzimage))).entry - LOAD_PHYSICAL_ADDR
 
 
 def _displacement(data: bytes, at: int) -> int:

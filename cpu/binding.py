@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ class Engine:
             raise EngineError(f"unicorn: hook of kind {kind} refused with status {status}")
 
 
+@cache
 def self_test() -> None:
     """Run a page fault through a small engine and check that the state is laid out as this file says.
 
@@ -233,16 +235,25 @@ def _import_unicorn() -> Any:
 
 
 def _find_state(uc: Any, const: Any) -> int:
-    """Address of CPUX86State: the one place, reached by a pointer in the engine, that follows R15."""
-    candidates: list[int] | None = None
-    for marker in (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D):
+    """Address of CPUX86State: the one place, reached by a pointer in the engine, that follows R15.
+
+    Python's own copies of what was written may lie near, in freed memory that is used again for the next copy.
+    They do not stay when another register is written.
+    """
+    first, second = 0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D
+    places: set[int] | None = None
+    for marker in (first, second):
         uc.reg_write(const.UC_X86_REG_R15, marker)
         found = set(_pointed_to(uc._uch.value, marker.to_bytes(8, "little")))
-        candidates = sorted(found if candidates is None else found & set(candidates))
+        places = found if places is None else places & found
+    uc.reg_write(const.UC_X86_REG_R15, first)
+    uc.reg_write(const.UC_X86_REG_R14, second)
+    states = [place for place in places or () if ctypes.c_uint64.from_address(place).value == first]
     uc.reg_write(const.UC_X86_REG_R15, 0)
-    if not candidates or len(candidates) != 1:
+    uc.reg_write(const.UC_X86_REG_R14, 0)
+    if len(states) != 1:
         raise EngineError(f"unicorn: CPU state not found; known to work: unicorn {KNOWN_VERSION}")
-    return candidates[0] - 15 * 8
+    return states[0] - 15 * 8
 
 
 def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
