@@ -22,6 +22,7 @@ from tdx.guest import PlatformAccept
 
 MIN_KERNEL_ALIGN = PMD_SIZE
 KERNEL_IMAGE_SIZE = SZ_1G
+_E_ENTRY_OFFSET = 24
 _SOURCE = "arch/x86/boot/compressed/misc.c, extract_kernel()"
 
 
@@ -34,7 +35,7 @@ def decompress(machine: Machine) -> None:
     params = GuestRecord(memory, regs.rsi, BOOT_PARAMS)
     startup_32 = regs.rip - STARTUP_64_OFFSET
     payload_at = startup_32 + params["hdr.payload_offset"]
-    payload = memory.read(payload_at, params["hdr.payload_length"])
+    payload = memory.read(payload_at, _payload_length(params))
     output = _output_address(params, startup_32 - regs.rdx)
     needed = _needed_size(params, output_len(payload, at=payload_at))
     text = "Decompressing Linux... "
@@ -50,7 +51,18 @@ def decompress(machine: Machine) -> None:
     machine.print(text + "Parsing ELF... No relocation needed... done.")
     machine.print("Booting the kernel.")
     machine.note(f"kernel at {output:#x}, {len(kernel.segments)} segments")
-    regs.rip = kernel.entry - LOAD_PHYSICAL_ADDR + output
+    regs.rip = output + _entry_offset(kernel, needed)
+
+
+def _payload_length(params: GuestRecord) -> int:
+    """Bytes of the payload, which must end inside the image's memory."""
+    offset, length, init_size = (params[f"hdr.{name}"] for name in ("payload_offset", "payload_length", "init_size"))
+    if offset + length > init_size:
+        raise FormatError(
+            "setup_header.payload_length", at=params.gpa + 0x24C, found=f"{length:#x} bytes from {offset:#x} on",
+            expected=f"an end inside init_size, {init_size:#x}", source="Documentation/arch/x86/boot.rst",
+        )  # fmt: skip
+    return length
 
 
 def _output_address(params: GuestRecord, image: int) -> int:
@@ -90,3 +102,12 @@ def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
     for segment in kernel.segments:
         data = memory.read(output + segment.p_offset, segment.p_filesz)
         memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)
+
+
+def _entry_offset(kernel: Vmlinux, needed: int) -> int:
+    """From the start of the kernel to its entry point. The kernel's own code jumps without looking."""
+    offset = kernel.entry - LOAD_PHYSICAL_ADDR
+    if not 0 <= offset < needed:
+        expected = f"a place inside the {needed:#x} bytes from {LOAD_PHYSICAL_ADDR:#x} on"
+        raise FormatError("e_entry", at=_E_ENTRY_OFFSET, found=f"{kernel.entry:#x}", expected=expected, source=_SOURCE)
+    return offset

@@ -17,6 +17,7 @@ from firmware.efi_types import (
     EFI_LOAD_FILE2_PROTOCOL_GUID,
     EFI_LOADED_IMAGE_PROTOCOL_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
+    EfiMemoryAttribute,
     EfiMemoryType,
     EfiStatus,
     guid_bytes,
@@ -67,23 +68,28 @@ class _Stub:
         interface = efi.handle_protocol(image_handle, EFI_LOADED_IMAGE_PROTOCOL_GUID)
         self._image = GuestRecord(machine.memory, interface, EFI_LOADED_IMAGE_PROTOCOL)
         self._params = self._allocate_boot_params()
+        self._soft_reserve = True
 
     def run(self) -> None:
         """efi_pe_entry() and efi_main()."""
         params, regs = self._params, self._machine.regs
-        self._command_line()
+        self._soft_reserve = "nosoftreserve" not in _efi_options(self._command_line())
         startup_32, image_offset = self._relocate()
         params["hdr.code32_start"] = startup_32 & 0xFFFF_FFFF
         self._load_initrd()
         params["secure_boot"] = self._secure_boot()
         accept = PlatformAccept(self._machine)
-        status = ExitBoot(self._machine, self._efi, params.gpa, accept, self._protocol).run(self._handle)
+        exit_boot = ExitBoot(self._machine, self._efi, params.gpa, accept, self._protocol, self._soft_reserve)
+        status = exit_boot.run(self._handle)
         if status != EfiStatus.EFI_SUCCESS:
             raise EfiError(status)
         regs.rsi, regs.rip, regs.rdx = params.gpa, startup_32 + STARTUP_64_OFFSET, image_offset
 
     def _allocate_boot_params(self) -> GuestRecord:
-        """A zeroed page with the image's setup header, from ``jump`` on, and what the stub fills in itself."""
+        """A zeroed page with the image's setup header, from ``jump`` on, and what the stub fills in itself.
+
+        Initrd and setup_data of the image's own header are dropped: they were meant for another boot loader.
+        """
         gpa = self._efi.allocate_pages(BOOT_PARAMS_SIZE)
         self._memory.clear(gpa, gpa + BOOT_PARAMS_SIZE)
         offset, _ = field_extents(BOOT_PARAMS)["hdr.jump"]
@@ -100,18 +106,27 @@ class _Stub:
         params["hdr.vid_mode"] = 0xFFFF
         params["hdr.boot_flag"] = BOOT_FLAG
         params["hdr.type_of_loader"] = EFI_STUB_LOADER
+        for name in ("ramdisk_image", "ramdisk_size", "setup_data"):
+            params[f"hdr.{name}"] = 0
         return params
 
-    def _command_line(self) -> None:
-        """efi_convert_cmdline(): load options from UTF-16 to UTF-8, up to a NUL or a line end."""
+    def _command_line(self) -> str:
+        """efi_convert_cmdline(): load options from UTF-16 to UTF-8, up to a NUL or a line end.
+
+        A line of 2048 bytes or more is cut at its last white space outside quotes.
+        """
         size = min(self._image["LoadOptionsSize"], _MAX_LOAD_OPTIONS)
         options = self._memory.read(self._image["LoadOptions"], size // 2 * 2) if size else b""
         text = options.decode("utf-16-le", errors="replace").split("\0")[0].split("\n")[0]
-        line = text.encode()[: COMMAND_LINE_SIZE - 1] + b"\0"
-        at = self._efi.allocate_pool(len(line))
-        self._memory.write(at, line)
+        line = text.encode()
+        if len(line) >= COMMAND_LINE_SIZE:
+            line = line[: _last_space(line[:COMMAND_LINE_SIZE])]
+            self._machine.print(f"EFI stub: ERROR: Command line is too long: truncated to {len(line)} bytes")
+        at = self._efi.allocate_pool(len(line) + 1)
+        self._memory.write(at, line + b"\0")
         self._params["hdr.cmd_line_ptr"] = at & 0xFFFF_FFFF
         self._params["ext_cmd_line_ptr"] = at >> 32
+        return line.decode(errors="replace")
 
     def _relocate(self) -> tuple[int, int]:
         """Address of startup_32 and its distance from the memory that the kernel can be unpacked into.
@@ -122,12 +137,17 @@ class _Stub:
         """
         params, base, size = self._params, self._image["ImageBase"], self._image["ImageSize"]
         setup_size = (self._memory.read_uint(base + SETUP_HEADER_OFFSET, 1) + 1) * SECTOR
+        if setup_size > size:
+            raise FormatError(
+                "setup_header.setup_sects", at=base + SETUP_HEADER_OFFSET, found=f"{setup_size} bytes of setup",
+                expected=f"at most the image, {size} bytes", source="Documentation/arch/x86/boot.rst",
+            )  # fmt: skip
         init_size = params["hdr.init_size"]
         if base >= LOAD_PHYSICAL_ADDR and base + size <= _MAX_PHYSICAL and size >= init_size:
             return base + setup_size, setup_size
         startup_32 = base + setup_size
         target = self._efi_relocate_kernel(init_size)
-        self._memory.write(target, self._memory.read(startup_32, size - setup_size))
+        self._memory.write(target, self._memory.read(startup_32, min(size - setup_size, init_size)))
         self._machine.note(f"kernel image moved from {startup_32:#x} to {target:#x}, {init_size:#x} bytes")
         return target, 0
 
@@ -141,7 +161,10 @@ class _Stub:
         self._efi.free_pool(memmap.gpa)
         for d in sorted(descriptors, key=lambda d: d.start):
             start = round_up(max(d.start, LOAD_PHYSICAL_ADDR), max(align, PAGE_SIZE))
-            if d.type != EfiMemoryType.EfiConventionalMemory or start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
+            soft_reserved = self._soft_reserve and d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP
+            if d.type != EfiMemoryType.EfiConventionalMemory or soft_reserved:
+                continue
+            if start + init_size > min(d.end, PHYSICAL_ADDRESS_END):
                 continue
             if self._efi.allocate_pages_at(start, init_size):
                 return start
@@ -196,3 +219,18 @@ class _Stub:
         vendor = self._efi.bytes_at_scratch(guid_bytes(EFI_GLOBAL_VARIABLE_GUID), behind=len(text))
         size, data = self._efi.slot(1, 1), self._efi.slot(2)
         return self._efi.runtime("GetVariable", name_at, vendor, 0, size, data), self._efi.load(2) & 0xFF
+
+
+def _last_space(line: bytes) -> int:
+    """Offset of the last white space outside double quotes; 0 if there is none."""
+    last, quoted = 0, False
+    for at, byte in enumerate(line):
+        quoted ^= byte == ord('"')
+        if not quoted and byte in b" \t\v\f\r":
+            last = at
+    return last
+
+
+def _efi_options(line: str) -> set[str]:
+    """The words of all ``efi=`` parameters of a command line (efi_parse_options())."""
+    return {option for word in line.split() if word.startswith("efi=") for option in word[4:].split(",")}

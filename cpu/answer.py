@@ -20,9 +20,11 @@ from guest.memory import GuestMemory
 
 _LEA_RIP_RELATIVE = re.compile(rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]")
 _LEA_SIZE, _CALL_SIZE = 7, 5
+_HEAD = range(16)
+"""A decompressor that was inlined may start behind the magic of its own format."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def find_payload_users(bzimage: bytes) -> tuple[int, ...]:
     """Offsets in the image of the functions that use the payload, ascending; in a PE image they are RVAs too.
 
@@ -36,7 +38,7 @@ def find_payload_users(bzimage: bytes) -> tuple[int, ...]:
         match.start()
         for start, end in code
         for match in _LEA_RIP_RELATIVE.finditer(bzimage, start, end - _LEA_SIZE)
-        if match.start() + _LEA_SIZE + _displacement(bzimage, match.start() + 3) == header.payload_offset
+        if match.start() + _LEA_SIZE + _displacement(bzimage, match.start() + 3) - header.payload_offset in _HEAD
     ]
     targets = {
         match.start() + _CALL_SIZE + _displacement(bzimage, match.start() + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,21 @@ EXTRA = "unaccepted[cpu]"
 # struct CPUX86State of unicorn 2.1.4, x86-64 Linux: offsets in bytes
 _REGS, _RIP, _RFLAGS, _HFLAGS, _SEGMENTS = 0, 128, 136, 176, 184
 _TR, _GDT, _IDT, _CR = 352, 376, 400, 424
-_ERROR_CODE, _OLD_EXCEPTION = 5384, 5496
+_ERROR_CODE, _DR, _OLD_EXCEPTION = 5384, 5400, 5496
+_VM_VMCB, _INTERCEPT, _INTERCEPT_DR_WRITE = 5504, 5520, 5534
 _SEGMENT = struct.Struct("<IIQII")
 _SEGMENT_ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
 _NO_EXCEPTION = -1
 _CPL_MASK = 3
-_TEST_TABLES, _UNMAPPED = 0x1000, 0x12_3000
+_HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
+_DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
+_TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
 _ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
+
+# What the exception hook gets for an intercepted instruction: EXCP_VMEXIT + exit code of SVM
+EXCP_VMEXIT = 0x100
+_SVM_EXIT_WRITE_DR0, _SVM_EXIT_INTR = 0x30, 0x60
+SVM_EXIT_WRITE_DR7, SVM_EXIT_IDTR_WRITE, SVM_EXIT_CPUID, SVM_EXIT_HLT, SVM_EXIT_MSR = 0x37, 0x6A, 0x72, 0x78, 0x7C
 
 REGISTER_ORDER = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
@@ -58,7 +66,11 @@ class CpuState:
         }
         self.cr = (ctypes.c_uint64 * 5).from_address(address + _CR)
         self._error_code = ctypes.c_int32.from_address(address + _ERROR_CODE)
+        self.dr = (ctypes.c_uint64 * 8).from_address(address + _DR)
         self._old_exception = ctypes.c_int32.from_address(address + _OLD_EXCEPTION)
+        self._vm_vmcb = ctypes.c_uint64.from_address(address + _VM_VMCB)
+        self._intercept = ctypes.c_uint64.from_address(address + _INTERCEPT)
+        self._intercept_dr_write = ctypes.c_uint16.from_address(address + _INTERCEPT_DR_WRITE)
 
     @property
     def rip(self) -> int:
@@ -82,6 +94,10 @@ class CpuState:
         """Error code of the exception that a hook is told of."""
         return self._error_code.value
 
+    @error_code.setter
+    def error_code(self, value: int) -> None:
+        self._error_code.value = value
+
     @property
     def old_exception(self) -> int:
         return self._old_exception.value
@@ -97,6 +113,18 @@ class CpuState:
     @cpl.setter
     def cpl(self, value: int) -> None:
         self._hflags.value = self._hflags.value & ~_CPL_MASK | value
+
+    def intercept(self, control_block: int, exits: Iterable[int], io_breakpoints: bool = False) -> None:
+        """Run as a guest of SVM from now on, with intercepts for these exit codes and no others.
+
+        With ``io_breakpoints``, IN and OUT look at the I/O breakpoints in ``dr``.
+        """
+        codes = tuple(exits)
+        self._vm_vmcb.value = control_block
+        self._intercept.value = sum(1 << code - _SVM_EXIT_INTR for code in codes if code >= _SVM_EXIT_INTR)
+        self._intercept_dr_write.value = sum(1 << code - _SVM_EXIT_WRITE_DR0 for code in codes if code < _SVM_EXIT_INTR)
+        flags = self._hflags.value & ~_HF_IO_BREAKPOINTS | _HF_GUEST
+        self._hflags.value = flags | _HF_IO_BREAKPOINTS if io_breakpoints else flags
 
     def table_base(self, name: str) -> int:
         """Base of ``tr``, ``gdt`` or ``idt``."""
@@ -188,7 +216,7 @@ class Engine:
 
 @cache
 def self_test() -> None:
-    """Run a page fault through a small engine and check that the state is laid out as this file says.
+    """Run a page fault and an intercepted CPUID through a small engine: is the state laid out as this file says?
 
     Raises ``EngineError`` with the version that is known.
     """
@@ -209,10 +237,15 @@ def self_test() -> None:
     engine.uc.reg_write(const.UC_X86_REG_CR4, 1 << 5)
     engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
     engine.run(0)
-    if seen != [(14, 14, _UNMAPPED)] or engine.state.rip != 0:
+    layout = seen == [(14, 14, _UNMAPPED)] and engine.state.rip == 0
+    engine.uc.mem_write(_TEST_CPUID, b"\x0f\xa2")
+    engine.state.intercept(0, [SVM_EXIT_CPUID])
+    engine.run(_TEST_CPUID)
+    layout &= seen[1:] == [(EXCP_VMEXIT + SVM_EXIT_CPUID, _NO_EXCEPTION, _UNMAPPED)] and engine.state.rip == _TEST_CPUID
+    if not layout or engine.state.dr[6:] != [_DR6_INIT, _DR7_INIT]:
         raise EngineError(
             f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
-            f"(a page fault looks like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
+            f"(a page fault and a CPUID look like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
         )
 
 

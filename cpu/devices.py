@@ -1,6 +1,7 @@
-"""The devices that a kernel finds at I/O ports: a 16550 UART, a CMOS clock, and nothing else.
+"""The devices that a kernel finds at I/O ports: a 16550 UART, a CMOS clock, a timer that stands still, nothing else.
 
-Ports without a device read as all ones, as on a PC bus. Sources: PC16550D data sheet; MC146818A data sheet.
+Ports without a device read as all ones, as on a PC bus. Sources: PC16550D data sheet; MC146818A data sheet; 8254 data
+sheet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ _IIR_NONE = 1
 _IIR_FIFO = 0xC0
 _MCR_LOOP = 1 << 4
 _CMOS_INDEX, _CMOS_DATA = 0x70, 0x71
+_TIMER = range(0x40, 0x44)
+"""Its counters read 0. All ones would be a counter at its start, which a kernel reads 100,000 times to see it move."""
 
 
 class Uart:
@@ -98,6 +101,8 @@ class Devices:
             return self.uart.read(port - UART_BASE)
         if port == _CMOS_DATA:
             return self.cmos.read()
+        if port in _TIMER:
+            return 0
         return (1 << 8 * size) - 1
 
     def write(self, port: int, size: int, value: int) -> None:

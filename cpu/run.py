@@ -15,17 +15,23 @@ from cpu.answer import entry_offset, find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
 from cpu.counter import BlockCounter
 from cpu.devices import Devices
+from cpu.exits import NO_VE, VeConfig
 from cpu.vcpu import Vcpu
+from firmware.efi_types import EfiStatus
 from firmware.pe import parse_pe
+from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
-from guest.trace import Print, Record
-from guest.units import round_up
+from guest.trace import Print, Record, ServiceCall
+from guest.units import PAGE_SHIFT, round_up
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 
 TICK_BLOCKS = 1 << 22
 UNTIL_ACCEPT = "accept"
+PANIC_END = "---[ end Kernel panic"
+END_LINES = ("unaccepted-init: done", "reboot: System halted", "reboot: Power down")
+"""What is put out when there is nothing more to come."""
 
 
 class _Reached(Exception):
@@ -39,13 +45,14 @@ class RunOptions:
     ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
     is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
     kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
-    blocks.
+    blocks. ``ve``: what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
-    skip: bool = False
     until: str | None = None
     timeout: int | None = None
+    ve: VeConfig = NO_VE
+    skip: bool = False
 
 
 class RealCode:
@@ -60,31 +67,34 @@ class RealCode:
     ) -> None:  # fmt: skip
         self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
-        self.vcpu = Vcpu(machine, physical, Devices(machine.print))
+        self.devices = Devices(machine.print)
+        self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
         self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
         self._entry: int | None = None
 
     def stub(self) -> None:
-        """Run the EFI stub from its PE entry point to the kernel's door; newer stubs unpack the kernel too."""
-        base = self._machine.regs.rip - parse_pe(self._image).entry_point
-        self._run_to_the_door(base, answer=not self._options.full)
+        """Run the EFI stub from its PE entry point to the kernel's door.
+
+        Newer stubs unpack the kernel themselves; an older one goes on into the decompressor, in the memory that it
+        allocated for that.
+        """
+        trace = self._machine.trace
+        trace.watchers.append(self._on_allocation)
+        try:
+            base = self._machine.regs.rip - parse_pe(self._image).entry_point
+            self._run_to_the_door(base, answer=not self._options.full)
+        finally:
+            trace.watchers.remove(self._on_allocation)
 
     def decompressor(self) -> None:
-        """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself.
-
-        It first moves itself to the end of the memory that it unpacks into.
-        Source: arch/x86/boot/compressed/head_64.S, startup_64.
-        """
-        header = parse_bzimage(self._image)
+        """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself."""
         startup_32 = self._machine.regs.rip - STARTUP_64_OFFSET
-        output = max(round_up(startup_32, header.kernel_alignment), LOAD_PHYSICAL_ADDR)
-        moved = output + header.init_size - parse_pe(self._image).size_of_image
         if self._options.skip:
-            self._run_to_unpacking(moved)
+            self._run_to_unpacking(self._moved(startup_32))
         else:
-            self._run_to_the_door(moved, answer=False)
+            self._run_to_the_door(self._moved(startup_32), answer=False)
 
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
@@ -114,14 +124,34 @@ class RealCode:
 
     def _run_to_the_door(self, base: int, answer: bool) -> None:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
-        for offset in find_payload_users(self._image):
-            self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
+        self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
         self.vcpu.run(self._machine.regs.rip)
         self._machine.regs = self.vcpu.registers()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
         self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
+
+    def _moved(self, startup_32: int) -> int:
+        """Where the image lies once the decompressor at ``startup_32`` has moved itself out of its own way.
+
+        That is the end of the memory that it unpacks into. Source: arch/x86/boot/compressed/head_64.S, startup_64.
+        """
+        header = parse_bzimage(self._image)
+        output = max(round_up(startup_32, header.kernel_alignment), LOAD_PHYSICAL_ADDR)
+        return output + header.init_size - parse_pe(self._image).size_of_image
+
+    def _on_allocation(self, record: Record) -> None:
+        """The stub allocated room for the kernel: if it goes on into the decompressor, that will be there."""
+        match record.event:
+            case ServiceCall("AllocatePages", (_, _, pages, at), EfiStatus.EFI_SUCCESS):
+                if pages << PAGE_SHIFT >= parse_bzimage(self._image).init_size:
+                    address = self._machine.memory.read_uint(at, 8)
+                    self._break_at_unpacking(self._moved(address), answer=False)
+
+    def _break_at_unpacking(self, base: int, answer: bool) -> None:
+        for offset in find_payload_users(self._image):
+            self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
         """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
@@ -130,7 +160,7 @@ class RealCode:
         """
         regs = self.vcpu.state.regs
         output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
-        if self._options.skip or (answer and virtual == LOAD_PHYSICAL_ADDR):
+        if answer and (self._options.skip or virtual == LOAD_PHYSICAL_ADDR):
             memory, image = self._machine.memory, self._image
             offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output)
             self._expect_entry(output + offset)
@@ -153,12 +183,15 @@ class RealCode:
         self.vcpu.break_at(entry, stop)
 
     def _watch(self, record: Record) -> None:
-        until = self._options.until
-        if until is None:
+        """Stop where the user said, and where the kernel says that it goes no further."""
+        event, until = record.event, self._options.until
+        if until == UNTIL_ACCEPT and isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+            raise _Reached
+        if not isinstance(event, Print):
             return
-        accept = isinstance(record.event, TdCall) and record.event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
-        printed = isinstance(record.event, Print) and until in record.event.text
-        if accept if until == UNTIL_ACCEPT else printed:
+        if PANIC_END in event.text:
+            raise GuestPanic(record.stage, event.text.partition(PANIC_END)[2].strip(" -:[]"))
+        if any(text in event.text for text in (until, *END_LINES) if text is not None):
             raise _Reached
 
     def _tick(self) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cpu.binding import RAX, RBX, RCX, RDX, REGISTER_ORDER, RSP, Engine
-from cpu.devices import Devices
 from cpu.exceptions import NAMES, WITH_ERROR_CODE, deliver
+from cpu.exits import NO_VE, InstructionExits, VeConfig
 from cpu.paging import translate
 from guest.machine import Machine
 from guest.memory import AccessKind, PhysicalMemory
@@ -20,6 +20,9 @@ from guest.ranges import RangeSet
 from guest.registers import MASK64, Registers
 from guest.units import PAGE_SIZE, SZ_64M, round_down, round_up
 from tdx.cpuid import TSC_HZ
+from tdx.instructions import Ports
+from tdx.module import TdxModule
+from tdx.ve import ExitReason, VeInfo
 
 _TDCALL = b"\x66\x0f\x01\xcc"
 _PIECE = SZ_64M
@@ -33,15 +36,23 @@ _TSC_STEP_NS, _TSC_NOISE_NS = 25, 16
 
 
 class Vcpu:
-    """One processor of the machine. ``physical`` are the bytes, which only the mapping of admitted memory uses."""
+    """One processor of the machine. ``physical`` are the bytes, which only the mapping of admitted memory uses.
 
-    def __init__(self, machine: Machine, physical: PhysicalMemory, devices: Devices) -> None:
+    ``devices`` answer IN and OUT that do not raise #VE. ``ve`` needs a machine on a TDX module.
+    """
+
+    def __init__(self, machine: Machine, physical: PhysicalMemory, devices: Ports, ve: VeConfig = NO_VE) -> None:
+        if ve.any and not isinstance(machine.platform, TdxModule):
+            raise ValueError("#VE needs a machine on a TDX module")
         self._machine, self._physical, self._devices = machine, physical, devices
         self.engine = Engine()
         self.state = self.engine.state
         self._mapped = RangeSet()
         self._address_mask = (1 << 39) - PAGE_SIZE
         self.exceptions: dict[int, int] = {}
+        self.ve_reasons: dict[ExitReason, int] = {}
+        """Number of #VE so far by exit reason."""
+        self._exits = InstructionExits(self.engine, self, ve)
         self._noise = 1
         self.tsc: Callable[[], int] = self._virtual_tsc
         """What RDTSC reads."""
@@ -101,6 +112,18 @@ class Vcpu:
             piece = min(len(data), PAGE_SIZE - linear % PAGE_SIZE)
             self._machine.memory.write(self._physical_address(linear), data[:piece])
             linear, data = linear + piece, data[piece:]
+
+    def peek(self, linear: int, size: int) -> bytes:
+        """The bytes at ``linear`` for a look from outside: no gate, and it ends where nothing is mapped."""
+        out = b""
+        while size:
+            piece = min(size, PAGE_SIZE - linear % PAGE_SIZE)
+            gpa = translate(self._physical.read, self.state.cr[3], linear, self._address_mask)
+            if gpa is None:
+                break
+            out += self._physical.read(gpa, piece)
+            linear, size = linear + piece, size - piece
+        return out
 
     def _physical_address(self, linear: int) -> int:
         gpa = translate(self._physical.read, self.state.cr[3], linear, self._address_mask)
@@ -168,7 +191,24 @@ class Vcpu:
             values[number] = getattr(regs, name) & MASK64
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
-        self._deliver(vector)
+        if not self._exits.caused(vector):
+            self._deliver(vector)
+            return
+        info = self._exits.take(vector)
+        if info is not None:
+            self._on_exit(info)
+
+    def _on_exit(self, info: VeInfo) -> None:
+        """An instruction was left to the TDX module: it answers itself, or raises #VE."""
+        module = self._machine.platform
+        assert isinstance(module, TdxModule)
+        if info.exit_reason is ExitReason.CPUID and module.cpuid_is_native(*self._cpuid_operands()):
+            self._on_cpuid()
+            self.state.rip += info.instruction_length
+            return
+        self.ve_reasons[info.exit_reason] = self.ve_reasons.get(info.exit_reason, 0) + 1
+        self.state.error_code = 0  # of #DF
+        self._deliver(module.inject_ve(info))
 
     def _deliver(self, vector: int) -> None:
         self.exceptions[vector] = self.exceptions.get(vector, 0) + 1
@@ -180,16 +220,20 @@ class Vcpu:
         deliver(self.state, self, vector, rflags, error_code)
 
     def _on_in(self, uc: Any, port: int, size: int, data: Any) -> int:
-        return self._devices.read(port, size)
+        return 0 if self._exits.hold_io(port, size, is_in=True) else self._devices.read(port, size)
 
     def _on_out(self, uc: Any, port: int, size: int, value: int, data: Any) -> None:
-        self._devices.write(port, size, value)
+        if not self._exits.hold_io(port, size, is_in=False):
+            self._devices.write(port, size, value)
 
     def _on_cpuid(self) -> int:
         regs = self.state.regs
-        leaf = self._machine.platform.cpuid(regs[RAX] & 0xFFFF_FFFF, regs[RCX] & 0xFFFF_FFFF)
+        leaf = self._machine.platform.cpuid(*self._cpuid_operands())
         regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
         return 1
+
+    def _cpuid_operands(self) -> tuple[int, int]:
+        return self.state.regs[RAX] & 0xFFFF_FFFF, self.state.regs[RCX] & 0xFFFF_FFFF
 
     def _on_rdtsc(self) -> int:
         tsc = self.tsc()

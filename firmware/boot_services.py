@@ -30,11 +30,15 @@ from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFI
 from guest.gates import CallGate
 from guest.machine import Machine
 from guest.records import GuestRecord
-from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_END
+from guest.units import PAGE_SHIFT, PAGE_SIZE, PHYSICAL_ADDRESS_END
 
 _GATE_SIZE = 16
 _UD2 = b"\x0f\x0b"  # what an emulated CPU finds at a gate: it stops there
-_MAX_TYPE = EfiMemoryType.EfiUnacceptedMemoryType
+_ALLOCATABLE = frozenset(EfiMemoryType) - {
+    EfiMemoryType.EfiConventionalMemory,
+    EfiMemoryType.EfiPersistentMemory,
+    EfiMemoryType.EfiUnacceptedMemoryType,
+}
 
 
 @dataclass(slots=True)
@@ -90,7 +94,7 @@ class EfiServices:
     def allocate_pages(self, type: int, memory_type: int, pages: int, memory: int) -> int:
         """AllocatePages(): EFI_NOT_FOUND or EFI_OUT_OF_RESOURCES if nothing fits, as edk2 answers."""
         guest = self.machine.memory
-        if memory_type >= _MAX_TYPE or memory_type == EfiMemoryType.EfiConventionalMemory:
+        if memory_type not in _ALLOCATABLE:
             return EfiStatus.EFI_INVALID_PARAMETER
         size = pages << PAGE_SHIFT
         if type == AllocateType.AllocateAddress:
@@ -108,8 +112,10 @@ class EfiServices:
         return EfiStatus.EFI_SUCCESS
 
     def free_pages(self, memory: int, pages: int) -> int:
-        """FreePages()."""
-        done = pages and self.memory_map.free(memory, pages << PAGE_SHIFT)
+        """FreePages(): EFI_NOT_FOUND for what AllocatePages() did not give."""
+        if memory % PAGE_SIZE or pages == 0:
+            return EfiStatus.EFI_INVALID_PARAMETER
+        done = self.memory_map.free(memory, pages << PAGE_SHIFT)
         return EfiStatus.EFI_SUCCESS if done else EfiStatus.EFI_NOT_FOUND
 
     def get_memory_map(self, size_at: int, buffer: int, key_at: int, stride_at: int, version_at: int) -> int:
@@ -132,7 +138,7 @@ class EfiServices:
 
     def allocate_pool(self, memory_type: int, size: int, buffer: int) -> int:
         """AllocatePool(): every pool buffer has pages of its own here."""
-        if memory_type >= _MAX_TYPE or memory_type == EfiMemoryType.EfiConventionalMemory:
+        if memory_type not in _ALLOCATABLE:
             return EfiStatus.EFI_INVALID_PARAMETER
         address = self.memory_map.allocate(memory_type, max(size, 1), self.top)
         if address is None:

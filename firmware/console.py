@@ -1,59 +1,56 @@
-"""The console that an image prints on: EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL (UEFI 2.10, section 12.4)."""
+"""The console that an image prints on: EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.
+
+Source: UEFI 2.10, section 12.4. Of its functions only OutputString() does something; the others answer
+EFI_UNSUPPORTED, which the trace shows.
+"""
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 import construct as c
 
 from firmware.boot_services import EfiServices
-from firmware.efi_types import EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL_GUID, EfiMemoryType, EfiStatus
-from firmware.tables import EFI_SYSTEM_TABLE, seal
+from firmware.efi_types import EfiMemoryType, EfiStatus
 from guest.memory import GuestMemory
-from guest.records import GuestRecord
-from guest.units import SZ_64K
 
-_BEFORE, _AFTER = (
-    (("Reset", 2),),
-    (
-        ("TestString", 2),
-        ("QueryMode", 4),
-        ("SetMode", 2),
-        ("SetAttribute", 2),
-        ("ClearScreen", 1),
-        ("SetCursorPosition", 3),
-        ("EnableCursor", 2),
-    ),
+_FUNCTIONS = (
+    ("Reset", 2),
+    ("OutputString", 2),
+    ("TestString", 2),
+    ("QueryMode", 4),
+    ("SetMode", 2),
+    ("SetAttribute", 2),
+    ("ClearScreen", 1),
+    ("SetCursorPosition", 3),
+    ("EnableCursor", 2),
 )
-_NAMES = [name for name, _ in (*_BEFORE, ("OutputString", 2), *_AFTER)]
-EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL = c.Struct(*(name / c.Int64ul for name in _NAMES), "Mode" / c.Int64ul)
+EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL = c.Struct(*(name / c.Int64ul for name, _ in _FUNCTIONS), "Mode" / c.Int64ul)
+_MAX_LENGTH = 4096
+"""Characters of one string; the specification has no limit, a string that does not end has."""
 
 
-def install_console(services: EfiServices) -> None:
-    """Make a console output device whose lines go where the firmware prints, and name it in the system table."""
-    line = ""
+def install_console(services: EfiServices) -> int:
+    """Write the protocol; returns its address. Each complete line is put out by the machine."""
+    machine, line = services.machine, [""]
 
-    def output_string(this: int, text: int) -> int:
-        nonlocal line
-        *lines, line = (line + read_char16(services.machine.memory, text)).split("\n")
-        for complete in lines:
-            services.machine.print(complete.rstrip("\r"))
+    def output_string(this: int, string: int) -> int:
+        *complete, line[0] = (line[0] + read_char16(machine.memory, string)).split("\n")
+        for each in complete:
+            machine.print(each.rstrip("\r"))
         return EfiStatus.EFI_SUCCESS
 
     code = EfiMemoryType.EfiBootServicesCode
-    gates = services.install_gates(_BEFORE, code)
-    gates += services.install_gates((("OutputString", 2),), code, output_string)
-    gates += services.install_gates(_AFTER, code)
-    fields = dict(zip(_NAMES, gates, strict=True)) | {"Mode": 0}
-    protocol = services.arena.put(EfiMemoryType.EfiBootServicesData, EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.build(fields))
-    handle = services.new_handle()
-    services.install_protocol(handle, EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL_GUID, protocol)
-    system_table = GuestRecord(services.machine.memory, services.system_table, EFI_SYSTEM_TABLE)
-    system_table["ConsoleOutHandle"], system_table["ConOut"] = handle, protocol
-    seal(services.machine.memory, services.system_table, EFI_SYSTEM_TABLE.sizeof())
+    gates = [
+        services.install_gates((function,), code, output_string if function[0] == "OutputString" else None)[0]
+        for function in _FUNCTIONS
+    ]
+    fields = {name: gate for (name, _), gate in zip(_FUNCTIONS, gates, strict=True)}
+    protocol = EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.build(fields | {"Mode": 0})
+    return services.arena.put(EfiMemoryType.EfiBootServicesData, protocol)
 
 
 def read_char16(memory: GuestMemory, gpa: int) -> str:
-    """The null-terminated string of 16-bit characters at ``gpa``; what is longer than 64 KiB is cut off."""
-    units = bytearray()
-    while len(units) < SZ_64K and (unit := memory.read(gpa + len(units), 2)) != b"\0\0":
-        units += unit
-    return units.decode("utf-16-le", errors="replace")
+    """The null-terminated string of 16-bit characters at ``gpa``."""
+    units = (memory.read(gpa + 2 * number, 2) for number in range(_MAX_LENGTH))
+    return b"".join(takewhile(lambda unit: unit != b"\0\0", units)).decode("utf-16-le", errors="replace")

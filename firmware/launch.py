@@ -28,6 +28,7 @@ def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers)
     ``private`` are further ranges of RAM that are added, zeroed, as firmware of an earlier life would have left
     them (a memory map that was brought along). RCX and R8 get the address of the HOB list. Returns the resources.
     """
+    private = tuple(private)
     (hob,) = tdvf.of_type(SectionType.TD_HOB)
     in_ram = [s for s in tdvf.sections if s.type in (SectionType.TD_HOB, SectionType.TempMem)]
     for section in in_ram:

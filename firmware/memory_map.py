@@ -13,7 +13,7 @@ from typing import NamedTuple
 from firmware.efi_types import CACHEABLE, EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.ranges import Range, RangeMap
-from guest.units import PAGE_SIZE, round_down, round_up
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, round_down, round_up
 
 _RUNTIME_TYPES = (EfiMemoryType.EfiRuntimeServicesCode, EfiMemoryType.EfiRuntimeServicesData)
 
@@ -53,13 +53,16 @@ class MemoryMap:
     def allocate(self, type: int, size: int, below: int, align: int = PAGE_SIZE) -> int | None:
         """Take whole pages for ``size`` bytes with the highest address whose end is not above ``below``.
 
-        Returns the address, or None if no free range fits. The map is unchanged then.
+        Memory for a special purpose (EFI_MEMORY_SP) is left alone, as edk2 leaves it. Returns the address, or
+        None if no free range fits. The map is unchanged then.
         """
         size = round_up(size, PAGE_SIZE)
         best = None
         for region in self._regions:
             for start, end, use in self._uses.runs(*region):
                 if use is None or use.type != EfiMemoryType.EfiConventionalMemory:
+                    continue
+                if use.attribute & EfiMemoryAttribute.EFI_MEMORY_SP:
                     continue
                 address = round_down(min(end, below) - size, align)
                 if address >= start and (best is None or address > best):
@@ -70,19 +73,16 @@ class MemoryMap:
 
     def allocate_at(self, type: int, start: int, size: int) -> bool:
         """Take the pages of ``[start, start + size)``; False, and no change, unless all of them are free."""
-        end = start + round_up(size, PAGE_SIZE)
-        if start % PAGE_SIZE or not self._all_free(start, end):
+        if self._types(start, size) != {EfiMemoryType.EfiConventionalMemory}:
             return False
-        self.convert(start, end, type)
+        self.convert(start, start + round_up(size, PAGE_SIZE), type)
         return True
 
     def free(self, start: int, size: int) -> bool:
         """Give pages back; False, and no change, if one of them is not allocated."""
-        end = start + round_up(size, PAGE_SIZE)
-        uses = [use for _, _, use in self._uses.runs(start, end)]
-        if start % PAGE_SIZE or any(u is None or u.type == EfiMemoryType.EfiConventionalMemory for u in uses):
+        if self._types(start, size) & {None, EfiMemoryType.EfiConventionalMemory}:
             return False
-        self.convert(start, end, EfiMemoryType.EfiConventionalMemory)
+        self.convert(start, start + round_up(size, PAGE_SIZE), EfiMemoryType.EfiConventionalMemory)
         return True
 
     def convert(self, start: int, end: int, type: int) -> None:
@@ -102,6 +102,9 @@ class MemoryMap:
                 return d.start
         return None
 
-    def _all_free(self, start: int, end: int) -> bool:
-        free = EfiMemoryType.EfiConventionalMemory
-        return all(use is not None and use.type == free for _, _, use in self._uses.runs(start, end))
+    def _types(self, start: int, size: int) -> set[int | None]:
+        """Types of the pages of ``size`` bytes at ``start``; None for what is no page of the allocator."""
+        end = start + round_up(size, PAGE_SIZE)
+        if size == 0 or start % PAGE_SIZE or end > PHYSICAL_ADDRESS_END:
+            return {None}
+        return {use and use.type for _, _, use in self._uses.runs(start, end)}

@@ -73,10 +73,14 @@ def low_memory(resources: list[Resource]) -> list[MemoryDescriptor]:
     uses: RangeMap[EfiMemoryType | None] = RangeMap(None)
     for part in ram:
         uses.assign(part.start, part.end, EfiMemoryType.EfiConventionalMemory)
-    uses.assign(0, PAGE_SIZE, EfiMemoryType.EfiBootServicesCode)
-    for start, end in NVS_RANGES:
-        uses.assign(start, end, EfiMemoryType.EfiACPIMemoryNVS)
-    for kind, start, end in _at_the_top(ram):
+    page_0 = (EfiMemoryType.EfiBootServicesCode, 0, PAGE_SIZE)
+    nvs = [(EfiMemoryType.EfiACPIMemoryNVS, start, end) for start, end in NVS_RANGES]
+    for kind, start, end in [page_0, *nvs, *_at_the_top(ram)]:
+        if not ram.covers(start, end):
+            raise FormatError(
+                "RAM below 4 GiB", at=start, found=f"not all of [{start:#x}, {end:#x})",
+                expected="RAM for the firmware's own ranges", source="TD HOB list",
+            )  # fmt: skip
         uses.assign(start, end, kind)
     return [
         MemoryDescriptor.of_range(kind, start, end, int(_attribute(kind)))

@@ -17,6 +17,8 @@ _SOURCE = "PE/COFF specification"
 _IMAGE_FILE_MACHINE_AMD64 = 0x8664
 _PE32_PLUS = 0x20B
 _PE_OFFSET_AT = 0x3C
+_MAX_SECTIONS = 96
+"""What the Windows loader takes; without a limit a small file could ask for a copy of itself 65535 times."""
 
 _COFF = c.Struct(
     "Signature" / c.Bytes(4),
@@ -65,6 +67,11 @@ def parse_pe(data: bytes) -> PeImage:
     coff = parse(_COFF, "COFF header", data[at : at + _COFF.sizeof()], at=at, source=_SOURCE)
     _expect("COFF header Signature", at, coff.Signature, b"PE\0\0")
     _expect("COFF header Machine", at + 4, coff.Machine, _IMAGE_FILE_MACHINE_AMD64)
+    if coff.NumberOfSections > _MAX_SECTIONS:
+        raise FormatError(
+            "COFF header NumberOfSections", at=at + 6, found=coff.NumberOfSections,
+            expected=f"up to {_MAX_SECTIONS}", source=_SOURCE,
+        )  # fmt: skip
     at += _COFF.sizeof()
     optional = parse(_OPTIONAL, "optional header", data[at : at + _OPTIONAL.sizeof()], at=at, source=_SOURCE)
     _expect("optional header Magic", at, optional.Magic, _PE32_PLUS)

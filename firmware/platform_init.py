@@ -10,7 +10,6 @@ from firmware.accept_policy import accept_below_4g
 from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.console import install_console
 from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryType, guid_bytes
 from firmware.hob import Resource, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
@@ -52,9 +51,8 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
-    machine.regs.rsp = build_stack(services)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
-    install_console(services)
+    machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
 

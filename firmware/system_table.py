@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from firmware.boot_services import EfiServices
+from firmware.console import install_console
 from firmware.efi_types import EfiMemoryType
 from firmware.tables import (
     BOOT_SERVICES,
@@ -47,7 +48,7 @@ def build_system_table(services: EfiServices) -> int:
         "ConsoleInHandle": 0,
         "ConIn": 0,
         "ConsoleOutHandle": 0,
-        "ConOut": 0,
+        "ConOut": install_console(services),
         "StandardErrorHandle": 0,
         "StdErr": 0,
         "RuntimeServices": runtime,

@@ -17,7 +17,7 @@ from uuid import UUID
 import construct as c
 
 from guest.errors import FormatError
-from guest.records import parse
+from guest.records import offsets, parse
 from guest.units import PAGE_SIZE, SZ_4G
 
 TABLE_FOOTER_GUID = UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
@@ -96,10 +96,11 @@ def parse_tdvf(image: bytes) -> Tdvf:
         ("Length", header.Length, 16 + 32 * count),
     ):
         if found != expected:
-            raise FormatError(f"TDVF descriptor {name}", at=offset, found=found, expected=expected, source=_SOURCE)
+            at = offset + offsets(_DESCRIPTOR)[name]
+            raise FormatError(f"TDVF descriptor {name}", at=at, found=found, expected=expected, source=_SOURCE)
     if not 2 <= count <= _MAX_SECTIONS:
         raise FormatError(
-            "TDVF NumberOfSectionEntry",
+            "TDVF descriptor NumberOfSectionEntry",
             at=offset + 12,
             found=count,
             expected=f"2 to {_MAX_SECTIONS}",
@@ -157,7 +158,8 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
     raw = parse(_SECTION, what, image[at : at + 32], at=at, source=_SOURCE)
 
     def refuse(field: str, found: object, expected: str) -> FormatError:
-        return FormatError(f"{what} {field}", at=at, found=found, expected=expected, source=_SOURCE)
+        where = at + offsets(_SECTION)[field]
+        return FormatError(f"{what} {field}", at=where, found=found, expected=expected, source=_SOURCE)
 
     try:
         kind = SectionType(raw.Type)
@@ -165,16 +167,16 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
         raise refuse("Type", raw.Type, "BFV 0, CFV 1, TD_HOB 2 or TempMem 3") from None
     has_data = kind in (SectionType.BFV, SectionType.CFV)
     if raw.MemoryAddress % PAGE_SIZE or raw.MemoryDataSize % PAGE_SIZE or not raw.MemoryDataSize:
-        raise refuse("memory", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "whole 4 KiB pages")
+        raise refuse("MemoryAddress", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "whole 4 KiB pages")
     if raw.MemoryAddress + raw.MemoryDataSize > SZ_4G:
-        raise refuse("memory", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "an end up to 4 GiB")
+        raise refuse("MemoryAddress", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "an end up to 4 GiB")
     if raw.MemoryDataSize < raw.RawDataSize:
         raise refuse("MemoryDataSize", f"{raw.MemoryDataSize:#x}", f"at least RawDataSize {raw.RawDataSize:#x}")
     if has_data != (raw.RawDataSize != 0):
         raise refuse("RawDataSize", f"{raw.RawDataSize:#x}", "data" if has_data else "0")
     if raw.DataOffset + raw.RawDataSize > len(image):
         found = f"{raw.DataOffset:#x} + {raw.RawDataSize:#x}"
-        raise refuse("data", found, f"a range inside the image of {len(image):#x} bytes")
+        raise refuse("DataOffset", found, f"a range inside the image of {len(image):#x} bytes")
     return TdvfSection(raw.DataOffset, raw.RawDataSize, raw.MemoryAddress, raw.MemoryDataSize, kind, raw.Attributes)
 
 

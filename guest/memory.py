@@ -49,8 +49,10 @@ class PhysicalMemory:
     def view(self, gpa: int, size: int) -> memoryview:
         """The bytes themselves, writable. The range must not cross a window; see :meth:`pieces`."""
         offset = gpa % WINDOW_SIZE
-        if offset + size > WINDOW_SIZE:
-            raise ValueError(f"view of {size:#x} bytes at {gpa:#x}: expected a range inside one window of 1 GiB")
+        if offset + size > WINDOW_SIZE or not 0 <= gpa < PHYSICAL_ADDRESS_END:
+            raise ValueError(
+                f"view of {size:#x} bytes at {gpa:#x}: expected a range inside one window of 1 GiB, below 2^52"
+            )
         return memoryview(self._window(gpa))[offset : offset + size]
 
     def clear(self, start: int, end: int) -> None:

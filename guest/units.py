@@ -63,27 +63,28 @@ def DIV_ROUND_UP(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-_MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kKmMgGtTpPeE]?)")
+_U64_MAX = (1 << 64) - 1
+_MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([kKmMgGtTpPeE]?)")
 
 
 def memparse(text: str) -> tuple[int, str]:
     """Read a number with an optional suffix K, M, G, T, P or E; return it and the text that is left.
 
-    A number is decimal, hexadecimal (``0x``) or octal (leading ``0``), as ``simple_strtoull`` has it.
-    Text that does not start with a number gives 0 and the whole text, so that the caller can refuse it.
-    Source: lib/cmdline.c, memparse().
+    A number is decimal, hexadecimal (``0x``) or octal (leading ``0``), as ``simple_strtoull`` has it: it ends
+    where the digits of its base end, and wraps at 64 bits. Text that does not start with a number gives 0 and
+    the whole text, so that the caller can refuse it. Source: lib/cmdline.c, memparse().
     """
     match = _MEMPARSE.match(text)
     if match is None:
         return 0, text
     digits, suffix = match.groups()
-    octal = len(digits) > 1 and digits[0] == "0" and digits[1] not in "xX"
-    if octal and not all(c in "01234567" for c in digits):
-        return 0, text
-    number = int(digits, 8 if octal else 0)
+    base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10
+    number = 0
+    for digit in digits[2:] if base == 16 else digits:  # int() refuses a decimal number of thousands of digits
+        number = (number * base + int(digit, base)) & _U64_MAX
     if suffix:
         number <<= 10 * (1 + "kmgtpe".index(suffix.lower()))
-    return number & (1 << 64) - 1, text[match.end() :]
+    return number & _U64_MAX, text[match.end() :]
 
 
 def size_text(size: int) -> str:

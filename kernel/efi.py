@@ -5,20 +5,37 @@ Sources: arch/x86/platform/efi/{efi,memmap,quirks}.c; drivers/firmware/efi/efi.c
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from bootstub.e820_types import E820_TYPE_RESERVED
-from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryAttribute, EfiMemoryType, guid_bytes
+from firmware.efi_types import (
+    ACPI_20_TABLE_GUID,
+    LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
+    EfiMemoryAttribute,
+    EfiMemoryType,
+    guid_bytes,
+)
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
+from guest.bitmap import GuestBitmap
 from guest.ranges import Range
 from guest.records import GuestRecord
-from guest.units import PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
+from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
 from kernel.kernel import Kernel
 from kernel.page_alloc import PageAllocator
+from kernel.unaccepted_memory import UnacceptedMemory
+from tdx.guest import PlatformAccept, tdx_accept_memory
 
-_TABLE_NAMES = {guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0"}
+_UNACCEPTED = "Unaccepted"
+_TABLE_NAMES = {
+    guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0",
+    guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
+}
+EFI_UNACCEPTED_MEMORY = struct.Struct("<IIQQ")
+"""struct efi_unaccepted_memory before its bitmap: version, unit_size, phys_base, size of the bitmap in bytes."""
 _MAX_MEMMAP_SIZE = 1 << 24
+_MAX_BITMAP_SIZE = 1 << 28
 _VENDOR_SIZE = 100
 _MMIO_KEPT_BELOW = 4 * SZ_64K
 
@@ -106,8 +123,10 @@ def efi_init(kernel: Kernel) -> None:
     revision, vendor = system_table["Hdr.Revision"], system_table["FirmwareVendor"]
     name = machine.memory.read(vendor, _VENDOR_SIZE * 2).decode("utf-16-le", errors="replace").split("\0")[0]
     machine.print(f"efi: EFI v{revision >> 16}.{(revision & 0xFFFF) // 10} by {name}")
-    tables = "".join(f"{table}={address:#x} " for table, address in _known_tables(kernel, system_table))
-    machine.print(f"efi: {tables}")
+    tables = dict(_known_tables(kernel, system_table))
+    machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
+    if _UNACCEPTED in tables:
+        _reserve_unaccepted(kernel, tables[_UNACCEPTED])
     _efi_remove_e820_mmio(kernel)
     if "debug" in (kernel.early.values.get("efi") or "").split(","):
         for line in memmap_lines(kernel.efi_memmap):
@@ -144,6 +163,21 @@ def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[s
         name = _TABLE_NAMES.get(data[at : at + 16])
         if name is not None:
             yield name, int.from_bytes(data[at + 16 : at + size], "little")
+
+
+def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
+    """Keep the table of unaccepted memory that a mainline stub left, and take the bitmap from it."""
+    memory = kernel.machine.memory
+    header = memory.read(table, EFI_UNACCEPTED_MEMORY.size)
+    version, unit_size, phys_base, size = EFI_UNACCEPTED_MEMORY.unpack(header)
+    if version != 1 or unit_size < PAGE_SIZE or unit_size & unit_size - 1 or size > _MAX_BITMAP_SIZE:
+        kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
+        return
+    kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.size + size)
+    bitmap = GuestBitmap(memory, table + EFI_UNACCEPTED_MEMORY.size)
+    accept = PlatformAccept(kernel.machine, tdx_accept_memory)
+    described = size * BITS_PER_BYTE * unit_size
+    kernel.unaccepted = UnacceptedMemory(bitmap, accept, phys_base, described, unit_size)
 
 
 def _efi_remove_e820_mmio(kernel: Kernel) -> None:

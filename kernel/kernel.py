@@ -53,15 +53,20 @@ class Kernel:
         text = round_down(regs.rip, SZ_2M)
         bitmap = params["unaccepted_memory"]
         unaccepted = UnacceptedMemory(GuestBitmap(memory, bitmap) if bitmap else None, PlatformAccept(machine))
-        return cls(
+
+        def accept_memory(start: int, end: int) -> None:
+            kernel.unaccepted.accept_memory(start, end)  # mainline finds its bitmap only later
+
+        kernel = cls(
             machine=machine,
             params=params,
             command_line=command_line,
             early=parse_early_param(command_line),
             image=Range(text, text + params["hdr.init_size"]),
             unaccepted=unaccepted,
-            memblock=Memblock(accept_memory=unaccepted.accept_memory),
+            memblock=Memblock(accept_memory=accept_memory),
         )
+        return kernel
 
     @property
     def ramdisk(self) -> Range:

@@ -10,6 +10,7 @@ A script has one command a line; ``#`` starts a comment:
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from kernel.page_alloc import PageAllocator
 ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
 PROC_FILES = {"/proc/meminfo": proc.meminfo, "/proc/vmstat": proc.vmstat, "/proc/buddyinfo": proc.buddyinfo}
 MAX_COUNT = 1 << 20
+_NUMBER = re.compile(r"[0-9]{1,7}")
 
 DEFAULT_SCRIPT = f"""\
 cat /proc/meminfo
@@ -122,7 +124,7 @@ class _Shell:
 def _parse_line(words: list[str]) -> Command | None:
     """The command of a line's words, or None."""
     verb, *operands = words
-    if verb in ("alloc", "free") and 1 <= len(operands) <= 2 and all(word.isdecimal() for word in operands):
+    if verb in ("alloc", "free") and 1 <= len(operands) <= 2 and all(map(_NUMBER.fullmatch, operands)):
         order, count = int(operands[0]), int(operands[1]) if len(operands) == 2 else 1
         return Command(verb, order=order, count=count) if order <= MAX_ORDER and count <= MAX_COUNT else None
     if verb == "cat" and len(operands) == 1 and operands[0] in PROC_FILES:

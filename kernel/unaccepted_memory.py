@@ -17,53 +17,73 @@ from guest.units import DIV_ROUND_UP, PMD_SIZE, round_down, round_up
 
 
 class UnacceptedMemory:
-    """Unaccepted memory, by the bitmap in guest memory; ``bitmap`` is None if boot_params names none.
+    """Unaccepted memory, by the bitmap in guest memory; ``bitmap`` is None if the boot stub left none.
 
     ``arch_accept(start, end)`` makes the platform accept a range of whole units. The bitmap is trusted, as the
     kernel trusts it: what else was written to its bytes is taken for bits.
+
+    v9 counts bits from physical address 0, and knows no end of the bitmap. Mainline counts from ``phys_base``, and
+    keeps to the ``size`` bytes of memory that the bitmap describes, ``unit_size`` bytes a bit
+    (drivers/firmware/efi/unaccepted_memory.c).
     """
 
-    def __init__(self, bitmap: GuestBitmap | None, arch_accept: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, bitmap: GuestBitmap | None, arch_accept: Callable[[int, int], None], phys_base: int = 0,
+        size: int | None = None, unit_size: int = PMD_SIZE,
+    ) -> None:  # fmt: skip
         self._bitmap = bitmap
         self._arch_accept = arch_accept
+        self._phys_base = phys_base
+        self._size = size
+        self._unit = unit_size
 
     def accept_memory(self, start: int, end: int) -> None:
         """Accept what is unaccepted of every unit that ``[start, end)`` and its guard touch.
 
         Each maximal run of set bits is accepted, then cleared, one after the other.
         """
-        if self._bitmap is None:
+        if self._bitmap is None or end < self._phys_base:
             return
-        for first, last in self._bitmap.runs(start // PMD_SIZE, DIV_ROUND_UP(_guarded(end), PMD_SIZE)):
-            self._arch_accept(first * PMD_SIZE, last * PMD_SIZE)
+        start, end = self._in_bitmap(start, end)
+        for first, last in self._bitmap.runs(start // self._unit, DIV_ROUND_UP(end, self._unit)):
+            self._arch_accept(self._phys_base + first * self._unit, self._phys_base + last * self._unit)
             self._bitmap.clear(first, last)
 
     def range_contains_unaccepted_memory(self, start: int, end: int) -> bool:
         """True if ``[start, end)`` or its guard is unaccepted.
 
-        The kernel steps by 2 MiB from ``start``. From a start that is no multiple of 2 MiB the last step can
+        The kernel steps by a unit from ``start``. From a start that is no multiple of it the last step can
         fall short of the last unit, which is then not looked at.
         """
-        if self._bitmap is None or start >= _guarded(end):
+        if self._bitmap is None or end < self._phys_base:
             return False
-        first, steps = start // PMD_SIZE, DIV_ROUND_UP(_guarded(end) - start, PMD_SIZE)
+        start, end = self._in_bitmap(start, end)
+        if start >= end:
+            return False
+        first, steps = start // self._unit, DIV_ROUND_UP(end - start, self._unit)
         return self._bitmap.any(first, first + steps)
+
+    def _in_bitmap(self, start: int, end: int) -> tuple[int, int]:
+        """The range as offsets from ``phys_base``, with its guard, cut to what the bitmap describes."""
+        start, end = max(start, self._phys_base) - self._phys_base, self._guarded(end - self._phys_base)
+        return start, end if self._size is None else min(end, self._size)
 
     def block_runs(self, start: int, end: int, size: int) -> Iterator[tuple[int, int, bool]]:
         """The blocks of ``size`` bytes in ``[start, end)``, as runs of equal state, ascending.
 
         The third value is what :meth:`range_contains_unaccepted_memory` says of each block of the run.
-        ``size`` is a multiple of 2 MiB; ``start`` and ``end`` are multiples of ``size``.
+        ``size`` is a multiple of the unit; ``start`` and ``end`` are multiples of ``size``.
         """
         states = RangeMap(False)
-        if self._bitmap is not None:
-            for first, last in self._bitmap.runs(start // PMD_SIZE, _guarded(end) // PMD_SIZE):
+        if self._bitmap is not None and end >= self._phys_base:
+            low, high = self._in_bitmap(start, end)
+            for first, last in self._bitmap.runs(low // self._unit, DIV_ROUND_UP(max(low, high), self._unit)):
                 # A block's guard is the first unit of the next one: a run that begins there makes both unaccepted.
-                low = round_down((first - 1) * PMD_SIZE, size)
-                states.assign(max(low, start), min(round_up(last * PMD_SIZE, size), end), True)
+                run_start = round_down(self._phys_base + (first - 1) * self._unit, size)
+                run_end = round_up(self._phys_base + last * self._unit, size)
+                states.assign(max(run_start, start), min(run_end, end), True)
         return states.runs(start, end)
 
-
-def _guarded(end: int) -> int:
-    """``end``, with the guard if it is on a 2 MiB boundary."""
-    return end + PMD_SIZE if end % PMD_SIZE == 0 else end
+    def _guarded(self, end: int) -> int:
+        """``end``, with the guard if it is on a border of two units."""
+        return end + self._unit if end % self._unit == 0 else end

@@ -6,6 +6,8 @@ boot stub includes). The calls are those that the loop would make page by page; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from guest.machine import Machine
 from guest.registers import Registers
 from guest.units import round_up
@@ -43,7 +45,12 @@ def tdx_accept_memory_v9(machine: Machine, start: int, end: int) -> bool:
 
     False if the host refused or a 4 KiB page was refused. Source: v9 14/14, tdx_accept_memory().
     """
-    return tdx_map_gpa(machine, start, end) and accept_pages(machine, start, end, (LEVEL_1G, LEVEL_2M, LEVEL_4K))
+    return tdx_map_gpa(machine, start, end) and tdx_accept_memory(machine, start, end)
+
+
+def tdx_accept_memory(machine: Machine, start: int, end: int) -> bool:
+    """Accept ``[start, end)`` without asking the host first, as mainline does (arch/x86/coco/tdx/tdx-shared.c)."""
+    return accept_pages(machine, start, end, (LEVEL_1G, LEVEL_2M, LEVEL_4K))
 
 
 def accept_pages(machine: Machine, start: int, end: int, levels: tuple[int, ...]) -> bool:
@@ -83,11 +90,13 @@ def _tries(gpa: int, end: int, level: int, larger: int | None) -> int:
 class PlatformAccept:
     """``__accept_memory()`` of one stage: it finds out at its first use which platform it runs on.
 
+    ``accept`` is v9's way or mainline's; what the stage says when it fails goes with it.
     Sources: v9 08/14 and 14/14, arch/x86/boot/compressed/mem.c and arch/x86/mm/unaccepted_memory.c.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, accept: Callable[[Machine, int, int], bool] = tdx_accept_memory_v9) -> None:
         self._machine = machine
+        self._accept = accept
         self._tdx: bool | None = None
 
     def __call__(self, start: int, end: int) -> None:
@@ -98,5 +107,7 @@ class PlatformAccept:
                 tdx_cc_mask(self._machine)
         if not self._tdx:
             raise self._machine.panic("Cannot accept memory: unknown platform")
-        if not tdx_accept_memory_v9(self._machine, start, end):
-            raise self._machine.panic(f"Accepting memory failed: {start:#x}-{end:#x}")
+        if not self._accept(self._machine, start, end):
+            v9 = self._accept is tdx_accept_memory_v9
+            text = f"Accepting memory failed: {start:#x}-{end:#x}" if v9 else "TDX: Failed to accept memory"
+            raise self._machine.panic(text)

@@ -15,8 +15,14 @@ class Leaf(IntEnum):
     """RCX = mask of exposed registers; R10 = 0, R11 = sub-function, R12..R15 = arguments."""
     TDG_VP_INFO = 1
     """Out: RCX = GPA width, RDX = ATTRIBUTES, R8 = VCPUs (31:0 number, 63:32 maximum), R9 = VCPU index."""
+    TDG_VP_VEINFO_GET = 3
+    """Out: RCX = exit reason, RDX = exit qualification, R8 = GLA, R9 = GPA, R10 = instruction length (31:0)."""
     TDG_MEM_PAGE_ACCEPT = 6
     """In: RCX = GPA | level (0 = 4 KiB, 1 = 2 MiB). Out: RAX only."""
+    TDG_VM_RD = 7
+    """In: RCX = 0, RDX = field id. Out: R8 = value."""
+    TDG_VM_WR = 8
+    """In: RCX = 0, RDX = field id, R8 = value, R9 = write mask. Out: R8 = the value before."""
 
     @property
     def spec_name(self) -> str:
@@ -25,12 +31,31 @@ class Leaf(IntEnum):
 
 
 class SubFunction(IntEnum):
-    """TDG.VP.VMCALL sub-function, R11."""
+    """TDG.VP.VMCALL sub-function, R11. Those of an instruction have the number of its exit reason."""
 
+    Instruction_CPUID = 10
+    """R12 = leaf, R13 = subleaf. Out: R12..R15 = EAX, EBX, ECX, EDX."""
+    Instruction_HLT = 12
+    """R12 = 1 if interrupts are blocked."""
+    Instruction_IO = 30
+    """R12 = size 1, 2 or 4, R13 = 0 IN, 1 OUT, R14 = port, R15 = data. Out: R11 = data of IN."""
+    Instruction_RDMSR = 31
+    """R12 = index. Out: R11 = value."""
+    Instruction_WRMSR = 32
+    """R12 = index, R13 = value."""
+    RequestMMIO = 48
+    """R12 = size 1, 2, 4 or 8, R13 = 0 read, 1 write, R14 = shared GPA, R15 = data. Out: R11 = data of a read."""
     MapGPA = 0x10001
     """R12 = GPA (shared bit set: make shared), R13 = size in bytes. Out: R10 = status, R11 = failing GPA."""
     GetTdVmCallInfo = 0x10000
     """R12 = 0. Out: R10 = status, R11..R14 = 0: the base sub-functions are there."""
+    ReportFatalError = 0x10003
+    """R12 = code, text in R14, R15, RBX, RDI, RSI, R8, R9, RDX. It does not return."""
+
+    @property
+    def spec_name(self) -> str:
+        """As the specification writes it: ``Instruction.CPUID``."""
+        return self.name.replace("_", ".")
 
 
 class VmCallStatus(IntEnum):

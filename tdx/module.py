@@ -5,6 +5,7 @@ It knows Secure EPT and the host, and nothing of Linux. Source: Intel TDX Module
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest.clock import CostTable, VirtualClock
@@ -13,18 +14,21 @@ from guest.memory import AccessKind, PhysicalMemory
 from guest.registers import Registers
 from guest.trace import Trace
 from guest.units import PAGE_SIZE
-from tdx.cpuid import td_cpuid
+from tdx.cpuid import host_cpuid, native_leaf, td_cpuid
 from tdx.events import TdCall
 from tdx.leaves import Leaf
+from tdx.metadata import ATTRIBUTES_SEPT_VE_DISABLE, CONFIG_FLAGS_FLEXIBLE_PENDING_VE, CONFIG_FLAGS_GPAW, Metadata
 from tdx.sept import LEVEL_2M, LEVEL_SIZE, SecureEpt, SeptState
 from tdx.status import (
     OPERAND_ID_RAX,
     OPERAND_ID_RCX,
+    TDX_NO_VALID_VE_INFO,
     TDX_OPERAND_INVALID,
     TDX_PAGE_ALREADY_ACCEPTED,
     TDX_PAGE_SIZE_MISMATCH,
     TDX_SUCCESS,
 )
+from tdx.ve import VECTOR_DF, VECTOR_VE, VeInfo
 from tdx.vmm import Host
 
 _VMCALL_REGISTERS = {2: "rdx", 3: "rbx", 5: "rbp", 6: "rsi", 7: "rdi"} | {n: f"r{n}" for n in range(8, 16)}
@@ -37,11 +41,13 @@ class TdConfig:
 
     ``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit.
     ``sept_ve_disable``: a touch of unaccepted memory exits to the host; if False, it raises #VE in the guest.
+    ``flexible_pending_ve``: the guest may change that (KVM up to 6.16 does not let it).
     """
 
     gpaw: int = 52
     sept_ve_disable: bool = True
     vcpus: int = 1
+    flexible_pending_ve: bool = False
 
     @property
     def shared_mask(self) -> int:
@@ -49,7 +55,12 @@ class TdConfig:
 
     @property
     def attributes(self) -> int:
-        return self.sept_ve_disable << 28
+        return ATTRIBUTES_SEPT_VE_DISABLE if self.sept_ve_disable else 0
+
+    @property
+    def config_flags(self) -> int:
+        gpaw = CONFIG_FLAGS_GPAW if self.gpaw == 52 else 0
+        return gpaw | (CONFIG_FLAGS_FLEXIBLE_PENDING_VE if self.flexible_pending_ve else 0)
 
 
 class TdxModule:
@@ -63,6 +74,15 @@ class TdxModule:
         self._trace, self._clock, self._costs = trace, clock, costs
         self._config = config
         self._cpuid = td_cpuid(config.gpaw)
+        self._metadata = Metadata(config.attributes, config.config_flags)
+        self._ve_info: VeInfo | None = None
+        self._leaves: dict[int, Callable[[Registers], int]] = {
+            Leaf.TDG_VP_VMCALL: self._vp_vmcall,
+            Leaf.TDG_VP_INFO: self._vp_info,
+            Leaf.TDG_VP_VEINFO_GET: self._vp_veinfo_get,
+            Leaf.TDG_VM_RD: self._vm_rd,
+            Leaf.TDG_VM_WR: self._vm_wr,
+        }
 
     def admit(self, gpa: int, size: int, kind: AccessKind) -> tuple[int, int]:
         """The mapped run around a private access. Anything that is not MAPPED is fatal to the guest."""
@@ -74,15 +94,29 @@ class TdxModule:
             if reached >= end:
                 return min(start, gpa), reached
             at = reached
-        in_guest = entry.state is SeptState.PENDING and not self._config.sept_ve_disable
+        in_guest = entry.state is SeptState.PENDING and not self._metadata.pending_ve_disable
         raise MemoryFault(
             stage=self._trace.stage, gpa=at, start=gpa, size=size, kind=kind, state=self._state_text(at),
             end="#VE" if in_guest else "EPT violation, TD exit",
         )  # fmt: skip
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-        """As the table of a TD says; a leaf that is not in it answers zero."""
-        return self._cpuid.get((leaf, subleaf), (0, 0, 0, 0))
+        """The module's answer, or the host's where the module has none."""
+        return native_leaf(self._cpuid, leaf, subleaf) or host_cpuid(leaf)
+
+    def cpuid_is_native(self, leaf: int, subleaf: int) -> bool:
+        """Whether the module itself answers; if not, the instruction raises #VE in a real TD."""
+        return native_leaf(self._cpuid, leaf, subleaf) is not None
+
+    def inject_ve(self, info: VeInfo) -> int:
+        """Keep ``info`` for TDG.VP.VEINFO.GET; returns the vector to raise in the guest.
+
+        That is #VE, or #DF while the guest has not read what an earlier #VE was about, which then stays.
+        """
+        if self._ve_info is not None:
+            return VECTOR_DF
+        self._ve_info = info
+        return VECTOR_VE
 
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
@@ -91,15 +125,10 @@ class TdxModule:
             return
         rcx, selector = regs.rcx, regs.rax
         self._clock.advance(self._costs.tdcall)
-        if selector == Leaf.TDG_VP_VMCALL:
-            regs.rax = self._vp_vmcall(regs)
-        elif selector == Leaf.TDG_VP_INFO:
-            regs.rax = self._vp_info(regs)
-        else:
-            regs.rax = TDX_OPERAND_INVALID | OPERAND_ID_RAX
-            self._trace.add(TdCall(f"leaf {selector:#x}", rcx, regs.rax, 1))
-            return
-        self._trace.add(TdCall(Leaf(selector).spec_name, rcx, regs.rax, 1))
+        leaf = self._leaves.get(selector)
+        regs.rax = TDX_OPERAND_INVALID | OPERAND_ID_RAX if leaf is None else leaf(regs)
+        name = f"leaf {selector:#x}" if leaf is None else Leaf(selector).spec_name
+        self._trace.add(TdCall(name, rcx, regs.rax, 1))
 
     def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
         """TDCALL up to ``count`` times with RCX growing by ``step``, while it succeeds; see ``Platform``."""
@@ -107,15 +136,9 @@ class TdxModule:
         if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
             raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
         done, status = self._mem_page_accept(rcx, count)
-        name = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
-        if done:
-            self._trace.add(TdCall(name, rcx, TDX_SUCCESS, done))
         if status != TDX_SUCCESS:
-            self._trace.add(TdCall(name, rcx + done * step, status, 1))
-        calls = done + (status != TDX_SUCCESS)
-        pages = done * LEVEL_SIZE[level] // PAGE_SIZE if done else 0
-        self._clock.advance(calls * self._costs.tdcall + pages * self._costs.zero_4k)
-        regs.rax, regs.rcx = status, rcx + step * (calls - 1)
+            self._count_accepts(rcx + done * step, status, 1)
+        regs.rax, regs.rcx = status, rcx + step * (done if status != TDX_SUCCESS else done - 1)
         return done
 
     def _mem_page_accept(self, rcx: int, count: int) -> tuple[int, int]:
@@ -127,10 +150,20 @@ class TdxModule:
         size = LEVEL_SIZE[level]
         valid = min(count, (self._config.shared_mask - gpa) // size)
         done, status = 0, TDX_SUCCESS
-        while done < valid and status == TDX_SUCCESS:
-            accepted, status = self._accept_some(gpa + done * size, level, valid - done)
-            done += accepted
+        try:
+            while done < valid and status == TDX_SUCCESS:
+                accepted, status = self._accept_some(gpa + done * size, level, valid - done)
+                done += accepted
+        finally:  # what succeeded counts, even if the next page is fatal
+            if done:
+                self._count_accepts(rcx, TDX_SUCCESS, done)
         return done, invalid if status == TDX_SUCCESS and done < count else status
+
+    def _count_accepts(self, rcx: int, status: int, count: int) -> None:
+        """Put ``count`` accepts with one status, the first of them of ``rcx``, into trace and time."""
+        pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE if status == TDX_SUCCESS else 0
+        self._trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, rcx, status, count))
+        self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)
 
     def _accept_some(self, gpa: int, level: int, count: int) -> tuple[int, int]:
         """Accept what is alike from ``gpa`` on. (0, TDX_SUCCESS) means: after a TD exit, look again."""
@@ -159,6 +192,32 @@ class TdxModule:
         regs.r8, regs.r9 = self._config.vcpus << 32 | self._config.vcpus, 0
         regs.r10, regs.r11 = 1, 0
         return TDX_SUCCESS
+
+    def _vp_veinfo_get(self, regs: Registers) -> int:
+        """TDG.VP.VEINFO.GET: what the last #VE was about, once."""
+        info, self._ve_info = self._ve_info, None
+        if info is None:
+            regs.rcx = regs.rdx = regs.r8 = regs.r9 = regs.r10 = 0
+            return TDX_NO_VALID_VE_INFO
+        regs.rcx, regs.rdx = info.exit_reason, info.exit_qualification
+        regs.r8, regs.r9, regs.r10 = info.gla, info.gpa, info.instruction_length
+        return TDX_SUCCESS
+
+    def _vm_rd(self, regs: Registers) -> int:
+        """TDG.VM.RD, version 0."""
+        if regs.rcx != 0:
+            regs.r8 = 0
+            return TDX_OPERAND_INVALID | OPERAND_ID_RCX
+        status, regs.r8 = self._metadata.read(regs.rdx)
+        return status
+
+    def _vm_wr(self, regs: Registers) -> int:
+        """TDG.VM.WR."""
+        if regs.rcx != 0:
+            regs.r8 = 0
+            return TDX_OPERAND_INVALID | OPERAND_ID_RCX
+        status, regs.r8 = self._metadata.write(regs.rdx, regs.r8, regs.r9)
+        return status
 
     def _vp_vmcall(self, regs: Registers) -> int:
         """TDG.VP.VMCALL: the host sees the registers that RCX exposes, and may change only those."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from guest.clock import CostTable, VirtualClock
-from guest.errors import MemoryFault
+from guest.errors import GuestPanic, MemoryFault
 from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
 from guest.units import PAGE_SIZE, PMD_SIZE
 from tdx.events import PageAdd, TdExit, TdVmCall
+from tdx.instructions import Instructions, last_words
 from tdx.leaves import SubFunction, VmCallStatus
 from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt
+
+_NAMES = {int(function): function.spec_name for function in SubFunction}
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ class Host:
     page_level: int = LEVEL_2M
     shared_mask: int = 1 << 51
     shared: RangeSet = field(default_factory=RangeSet)
+    instructions: Instructions = field(default_factory=Instructions)
+    """Its devices are the host's; without any, ports read as all ones."""
 
     def page_add(self, gpa: int, data: bytes, size: int, what: str) -> None:
         """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD)."""
@@ -68,26 +73,39 @@ class Host:
         self._exits(start, LEVEL_4K, 1)
 
     def tdvmcall(self, regs: Registers) -> None:
-        """Answer TDG.VP.VMCALL. ``regs`` has only what the guest exposed; R10 and R11 are the answer."""
-        r12, r13, sub_function = regs.r12, regs.r13, regs.r11
-        name = f"{sub_function:#x}"
-        if regs.r10 != 0:
-            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
-        elif sub_function == SubFunction.MapGPA:
-            name = SubFunction.MapGPA.name
-            regs.r10, regs.r11 = self._map_gpa(r12, r13)
-        elif sub_function == SubFunction.GetTdVmCallInfo:
-            name = SubFunction.GetTdVmCallInfo.name
-            regs.r10 = regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
+        """Answer TDG.VP.VMCALL. ``regs`` has only what the guest exposed; R10 and R11 are the answer.
+
+        A call that ends the guest raises ``GuestPanic`` with what the guest said.
+        """
+        r12, r13, standard = regs.r12, regs.r13, regs.r10 == 0
+        name = _NAMES[regs.r11] if standard and regs.r11 in _NAMES else f"{regs.r11:#x}"
+        end = last_words(regs) if standard else None
+        if standard:
+            regs.r10 = self._answer(regs)
         else:
-            regs.r10 = VmCallStatus.SUBFUNC_UNSUPPORTED
+            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
         self.clock.advance(self.costs.tdvmcall)
         self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
+        if end is not None:
+            raise GuestPanic(self.trace.stage, end)
 
-    def _map_gpa(self, gpa: int, size: int) -> tuple[int, int]:
+    def _answer(self, regs: Registers) -> VmCallStatus:
+        """Answer a standard sub-function in ``regs``, and return its status."""
+        if regs.r11 == SubFunction.MapGPA:
+            status, regs.r11 = self._map_gpa(regs.r12, regs.r13)
+            return status
+        if regs.r11 == SubFunction.GetTdVmCallInfo:
+            regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
+            return VmCallStatus.SUCCESS
+        if regs.r11 == SubFunction.ReportFatalError:
+            return VmCallStatus.SUCCESS
+        status_of_instruction = self.instructions.answer(regs)
+        return VmCallStatus.SUBFUNC_UNSUPPORTED if status_of_instruction is None else status_of_instruction
+
+    def _map_gpa(self, gpa: int, size: int) -> tuple[VmCallStatus, int]:
         """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
         start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
-        if end > self.shared_mask:
+        if size == 0 or end > self.shared_mask:
             return VmCallStatus.INVALID_OPERAND, gpa
         if gpa % PAGE_SIZE or size % PAGE_SIZE:
             return VmCallStatus.ALIGN_ERROR, gpa

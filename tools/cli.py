@@ -53,7 +53,8 @@ def script(verb: str) -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"unaccepted: error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    print(f"unaccepted: error: {line}", file=sys.stderr)
     return 1
 
 

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import os
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ cases are runs of a kernel image, ``run_case(case, image)``."""
 RECORDABLE = ("stub",)
 """Families whose module ``tools.record_FAMILY`` has ``record(case, image)``."""
 
+_NO_CASE = (
+    KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError, struct.error,
+)  # fmt: skip
+"""What comes of fields that are missing, of another type, or far too large."""
+
 _MAX_LINE = 1 << 26
 _SOURCE = "unaccepted conform --help"
 
@@ -53,16 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--maps", metavar="FILE", help=f"cases that say what to run for --record: {', '.join(RECORDABLE)}"
     )
     add_json_option(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all files; 1 if any case differs."""
-    if args.jobs < 1 or (args.limit or 0) < 0:
-        raise FormatError("--jobs, --limit", found="a number that is too small", expected="at least 1", source=_SOURCE)
+    if args.jobs < 1 or (args.limit is not None and args.limit < 1):
+        args.usage_error("--jobs and --limit take numbers from 1 on")
+    if (args.record is None) != (args.maps is None) or (args.record is None) != bool(args.files):
+        args.usage_error("give either FILE..., or --record and --maps")
     if args.record is not None:
         return _record(args)
-    if not args.files:
-        raise FormatError("unaccepted conform", found="no file", expected="FILE... or --record", source=_SOURCE)
     results = [_run_file(Path(name), args) for name in args.files]
     if args.json:
         print(json_text({"schema": 1, "files": results}, args.json))
@@ -105,23 +112,25 @@ class _RunCase:
             return _Outcome(*what, left_out=str(reason))
         except BootError as error:
             return _Outcome(*what, [f"our stages stopped: {error}"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        except _NO_CASE as error:
             return _Outcome(malformed=f"{type(error).__name__}: {error}"[:80])
 
 
 @dataclass(frozen=True, slots=True)
 class _RecordCase:
-    """Runs the set-up of a case of ``family`` and returns the new case, as text."""
+    """Runs the set-up of a case of ``family``: the new case as a line of text, or why there is none."""
 
     family: str
     kernel: str
 
-    def __call__(self, case: dict[str, Any]) -> str:
+    def __call__(self, case: dict[str, Any]) -> tuple[str, str]:
         record = import_module(f"tools.record_{self.family}").record
         try:
-            return json.dumps(record(case, *_image(self.kernel)))
+            return json.dumps(record(case, *_image(self.kernel))) + "\n", ""
         except BootError as error:
-            return json.dumps({"id": case.get("id"), "died": str(error)})
+            return "", f"case {case.get('id')} was not recorded: {error}"
+        except _NO_CASE as error:
+            return "", f"case {case.get('id')} is no case: {type(error).__name__}: {error}"
 
 
 @lru_cache(maxsize=1)
@@ -153,13 +162,13 @@ def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def _record(args: argparse.Namespace) -> int:
     """Write a case for each case of ``--maps``."""
-    if args.maps is None:
-        raise FormatError("--record", found="no --maps", expected="--maps FILE", source=_SOURCE)
     maps = Path(args.maps)
     record_case = _RecordCase(_family(maps, RECORDABLE), _kernel(maps, args))
     with Path(args.record).open("w", encoding="utf-8") as file:
-        for line in in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs):
-            file.write(line + "\n")
+        for line, reason in in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs):
+            file.write(line)
+            if reason:
+                print(reason)
     return 0
 
 

@@ -207,6 +207,8 @@ class _Case:
 
     def _operation(self, name: str, op: list[Any], bitmap: GuestBitmap | None) -> Iterator[tuple[str, object, object]]:
         kind, start, end = op[:3]
+        if not 0 <= start <= end:
+            raise ValueError(f"operation on [{start:#x}, {end:#x})")
         kernel = UnacceptedMemory(bitmap, self._arch_accept)
         if kind == "R":
             yield name, int(kernel.range_contains_unaccepted_memory(start, end)), op[3]

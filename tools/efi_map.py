@@ -20,10 +20,14 @@ from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
 
 _SOURCE = "efi=debug lines of dmesg, or the JSON form of a map"
 _MAX_DESCRIPTORS = 65536
+_BEGIN = re.compile(r"efi: mem[0-9]+:")
 _LINE = re.compile(
-    r"efi: mem(?P<number>\d+): \[(?P<type>[^|]{12,}?)\|(?P<attributes>[^]]*?)\]?"
+    r"efi: mem(?P<number>[0-9]{1,9}): \[(?P<type>[^|]{12,}?)\|(?P<attributes>[^]]*?)\]?"
     r" range=\[(?P<start>0x[0-9a-f]{1,16})-(?P<last>0x[0-9a-f]{1,16})\]"
 )
+_UNKNOWN_TYPE = re.compile(r"type=([0-9]{1,10})")
+_UNKNOWN_ATTRIBUTE = re.compile(r"attr=(0x[0-9a-f]{1,16})")
+_BITS = {"type": 32, "start": 64, "pages": 64, "attribute": 64}
 _TYPES = {name: number for number, name in enumerate(MEMORY_TYPE_NAMES)}
 _ATTRIBUTES = {word: int(flag) for flag, word in ATTRIBUTE_COLUMNS}
 
@@ -48,9 +52,11 @@ def _from_dmesg(text: str, name: str) -> list[MemoryDescriptor]:
     """The first map that the log prints; a kernel with runtime services prints a second one later."""
     descriptors: list[MemoryDescriptor] = []
     for number, line in enumerate(text.splitlines(), 1):
+        if _BEGIN.search(line) is None:
+            continue
         match = _LINE.search(line)
         if match is None:
-            continue
+            raise _error(name, number, line, "a whole line: `efi: mem00: [...] range=[...]`")
         if int(match["number"]) != len(descriptors):
             if int(match["number"]) == 0:
                 break
@@ -65,14 +71,13 @@ def _from_dmesg(text: str, name: str) -> list[MemoryDescriptor]:
 
 def _type(text: str) -> int | None:
     text = text.strip()
-    if text.startswith("type=") and text[5:].isdecimal():
-        return int(text[5:])
-    return _TYPES.get(text)
+    unknown = _UNKNOWN_TYPE.fullmatch(text)
+    return _unsigned(int(unknown[1]), _BITS["type"]) if unknown else _TYPES.get(text)
 
 
 def _attribute(text: str) -> int | None:
-    if text.startswith("attr=0x"):
-        return int(text[5:], 16)
+    if unknown := _UNKNOWN_ATTRIBUTE.fullmatch(text):
+        return int(unknown[1], 16)
     words = [word.strip() for word in text.split("|")]
     if any(word and word not in _ATTRIBUTES for word in words):
         return None
@@ -82,7 +87,7 @@ def _attribute(text: str) -> int | None:
 def _from_json(text: str, name: str) -> list[MemoryDescriptor]:
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _error(name, getattr(error, "lineno", 1), "text that is no JSON", "JSON") from error
     rows = data.get("descriptors") if isinstance(data, dict) else data
     if not isinstance(rows, list):
@@ -96,25 +101,28 @@ def _descriptor(row: Any, number: int, name: str) -> MemoryDescriptor:
         raise FormatError(where, found=type(row).__name__, expected="an object", source=_SOURCE)
     values = {"attribute": 0} | row | {"type": _TYPES.get(str(row.get("type")), row.get("type"))}
     numbers = []
-    for key in ("type", "start", "pages", "attribute"):
-        value = _number(values.get(key))
+    for key, bits in _BITS.items():
+        value = _number(values.get(key), bits)
         if value is None:
             found = repr(values.get(key))[:40]
-            raise FormatError(f"{where}, {key}", found=found, expected="a number from 0 to 2^64-1", source=_SOURCE)
+            raise FormatError(f"{where}, {key}", found=found, expected=f"a number of {bits} bits", source=_SOURCE)
         numbers.append(value)
     return MemoryDescriptor(*numbers)
 
 
-def _number(value: object) -> int | None:
-    """``value`` as an unsigned 64-bit number, or None."""
+def _number(value: object, bits: int) -> int | None:
+    """``value`` as an unsigned number of ``bits``, or None."""
     if isinstance(value, str):
         try:
             value = int(value, 0)
         except ValueError:
             return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-        return None
-    return value
+    return _unsigned(value, bits) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _unsigned(value: int, bits: int) -> int | None:
+    """``value`` if it fits, else None."""
+    return value if 0 <= value < 1 << bits else None
 
 
 def _error(name: str, line: int, found: str, expected: str) -> FormatError:

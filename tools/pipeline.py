@@ -37,12 +37,14 @@ from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host, q35_ram
 
 if TYPE_CHECKING:  # unicorn is an extra
-    from cpu.run import RealCode, RunOptions
+    from cpu.run import RealCode
 
 GPAW = 52
 GPAW_REAL_CODE = 40
 """Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
 DEFAULT_CMDLINE = "nokaslr efi=debug"
+REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0"
+"""A real kernel prints to the serial port only if it is told to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class BootConfig:
 
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
-    kernel image runs as real code (a key of ``RUNS``), and ``options`` how far.
+    kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
+    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
     """
 
     kernel: bytes
@@ -63,7 +66,10 @@ class BootConfig:
     protocol: Protocol = V9
     host_level: int = LEVEL_2M
     run: str | None = None
-    options: RunOptions | None = None
+    full: bool = False
+    until: str | None = None
+    timeout: int | None = None
+    ve: tuple[str, ...] = ()
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -84,7 +90,7 @@ class Boot:
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
-        self.stages = STAGES if config.run is None else RUNS[config.run]
+        self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] | None = None
         self.kernel: Kernel | None = None
@@ -120,6 +126,11 @@ class Boot:
         at = RecordCopy(self.boot_params, BOOT_PARAMS)["unaccepted_memory"] if self.boot_params else 0
         end = max((part.end for part in self.host.ram), default=0)
         return self.physical.read(at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) if at else b""
+
+
+def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
+    """The stages of a boot by name, in order."""
+    return STAGES if config.run is None else RUNS[config.run]
 
 
 def _host(boot: Boot) -> None:
@@ -163,11 +174,14 @@ def _runtime(boot: Boot) -> None:
 def _real_code(boot: Boot) -> RealCode:
     """The vCPU of this boot, made when the first real code runs."""
     if boot.real_code is None:
+        from cpu.exits import VeConfig
         from cpu.run import RealCode, RunOptions
+        from tdx.instructions import Instructions
 
         config = boot.config
-        options = config.options or RunOptions()
+        options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
+        boot.host.instructions = Instructions(boot.real_code.devices)
     return boot.real_code
 
 

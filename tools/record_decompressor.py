@@ -20,7 +20,10 @@ from firmware.memory_map import MemoryMap
 from firmware.paging import build_identity_map
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, EFI_SYSTEM_TABLE_SIGNATURE
 from guest.records import GuestRecord, field_extents
+from guest.trace import Print
 from guest.units import PAGE_SIZE, SZ_1M, round_up
+from tdx.events import TdCall
+from tdx.instructions import Instructions
 from tools.efi_names import guid_of
 from tools.kaslr import boot_seed, physical_slot, tsc_for, virtual_slot
 from tools.record_stub import TIMEOUT_BLOCKS
@@ -52,6 +55,7 @@ class _Run:
         self._load()
         options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
         self._code = RealCode(self._machine, self._td.physical, image, options)
+        self._td.host.instructions = Instructions(self._code.devices)
         self._tscs = self._tscs_of_the_choice()
         self._code.vcpu.tsc = self._rdtsc
 
@@ -67,6 +71,8 @@ class _Run:
             "loadflags_after": GuestRecord(self._memory, case["boot_params_pa"], BOOT_PARAMS)["hdr.loadflags"],
             "accept": accepts,
             "accept_calls": sum(count for *_, count in accepts),
+            "tdcalls": sum(r.event.count for r in self._td.trace.records if isinstance(r.event, TdCall)),
+            "serial": [r.event.text for r in self._td.trace.records if isinstance(r.event, Print)],
             "exceptions": {str(vector): count for vector, count in sorted(self._code.vcpu.exceptions.items())},
             "rdtsc": self._td.rdtscs,
         }

@@ -9,9 +9,11 @@ from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of, p
 from bootstub.setup_data import SetupDataType, walk_setup_data
 from cpu.run import RealCode, RunOptions
 from firmware.memory_descriptor import MemoryDescriptor
+from firmware.pe import parse_pe
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
 from guest.errors import GuestPanic
 from guest.records import GuestRecord, RecordCopy
+from guest.units import PAGE_SIZE, round_up
 from tools.efi_names import guid_name
 from tools.record_calls import RecordingGates
 from tools.recorded_firmware import start_firmware
@@ -40,7 +42,13 @@ def run_stub(case: dict[str, Any], image: bytes) -> dict[str, Any]:
 def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
     """A case with the set-up of ``case`` and what came of it here."""
     out = run_stub(case, image)
-    return {name: case[name] for name in SET_UP if name in case} | {"input_map": out.pop("input_map"), "out": out}
+    set_up = {name: case[name] for name in SET_UP if name in case}
+    return set_up | {"firmware": {"image_size": image_size(image)}, "input_map": out.pop("input_map"), "out": out}
+
+
+def image_size(image: bytes) -> int:
+    """Bytes that the loaded image takes, whole pages."""
+    return round_up(parse_pe(image).size_of_image, PAGE_SIZE)
 
 
 class _Run:
@@ -57,8 +65,11 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         services = self._services
-        out: dict[str, Any] = {"input_map": _rows(services.memory_map.descriptors()), "stop": self._run_to_the_end()}
-        out["stub_exit_status"] = services.exit_status
+        out: dict[str, Any] = {
+            "input_map": sorted(_rows(services.memory_map.descriptors()), key=lambda row: row[1]),
+            "stop": self._run_to_the_end(),
+            "stub_exit_status": services.exit_status,
+        }
         if self._code.unpacked_for is not None:
             out["kernel_pa"], out["kernel_va"] = self._code.unpacked_for
         if out["stop"] == _ENTERED:

@@ -12,7 +12,6 @@ from typing import Any
 
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.console import install_console
 from firmware.efi_types import EfiMemoryType, EfiStatus
 from firmware.load_image import FwCfg, LoadedImage, load_image
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor
@@ -96,9 +95,8 @@ def start_firmware(td: RecordedTd, case: dict[str, Any], image: bytes) -> tuple[
     regs.rdx = build_system_table(services)
     loaded = load_image(services, FwCfg(image, cmdline=case["cmdline"]))
     services.top = case["alloc_limit"]
-    regs.rsp = build_stack(services)
     regs.cr3 = build_identity_map(td.machine.memory, services.arena)
-    install_console(services)
+    regs.rsp = build_stack(services)
     if "rng" in case:
         install_rng(services, bytes.fromhex(case["rng"]))
     if "pretable" in case:

@@ -81,10 +81,10 @@ class RecordedTd:
         kind = EfiMemoryType.EfiUnacceptedMemoryType
         self._unaccepted = RangeSet((d.start, d.end) for d in descriptors if d.type == kind)
         level = min(tdx_max_level, LEVEL_2M)
-        host = Host(self.physical, self.sept, self.trace, clock, CostTable(), ram, level)
+        self.host = Host(self.physical, self.sept, self.trace, clock, CostTable(), ram, level)
         self.add_memory(ram, self._unaccepted)
         self.add_memory((start, end) for start, end in already_accepted)
-        self.module = RecordedModule(self.physical, self.sept, host, tdx_max_level, tdx)
+        self.module = RecordedModule(self.physical, self.sept, self.host, tdx_max_level, tdx)
         self.machine = Machine.build(self.physical, self.module, self.trace, clock)
         self._tsc = tsc0
         self.rdtscs = 0

@@ -50,24 +50,34 @@ def event_text(event: Event) -> str:
             return repr(event)
 
 
-def log_lines(records: Iterable[Record]) -> list[str]:
-    """What a person at the console and in the log would have read, line by line.
+class LogText:
+    """Turns events into what a person at the console and in the log would have read.
 
-    Kernel lines carry the time since the kernel's entry, as dmesg has it; here it is virtual time.
+    Lines of our own kernel stages carry the time since the kernel's entry, as dmesg has it; here it is virtual
+    time. A real kernel stamps its lines itself.
     """
-    lines: list[str] = []
-    entry_ns: int | None = None
-    for record in records:
+
+    def __init__(self) -> None:
+        self._entry_ns: int | None = None
+
+    def lines(self, record: Record) -> list[str]:
+        """The lines of one event; most events have none."""
         event = record.event
-        if entry_ns is None and record.stage in KERNEL_STAGES:
-            entry_ns = record.ns
+        if self._entry_ns is None and record.stage in KERNEL_STAGES:
+            self._entry_ns = record.ns
         if isinstance(event, Print):
-            lines.append(_stamp(record.ns - entry_ns) + event.text if entry_ns is not None else event.text)
-        elif isinstance(event, FileRead):
-            lines += [f"# cat {event.path}", *event.text.splitlines()]
-        elif isinstance(event, FileWrite | Allocation):
-            lines.append(f"# {event_text(event)}")
-    return lines
+            return [(_stamp(record.ns - self._entry_ns) if self._entry_ns is not None else "") + event.text]
+        if isinstance(event, FileRead):
+            return [f"# cat {event.path}", *event.text.splitlines()]
+        if isinstance(event, FileWrite | Allocation):
+            return [f"# {event_text(event)}"]
+        return []
+
+
+def log_lines(records: Iterable[Record]) -> list[str]:
+    """The log of a whole boot."""
+    log = LogText()
+    return [line for record in records for line in log.lines(record)]
 
 
 def _stamp(ns: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import cmd
+import re
 import sys
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from tools.render import event_text, hex_dump
 
 MAX_MEM = 1 << 16
 _SHOWN = 12
+_COUNT = re.compile(r"[0-9]{1,9}")
 _SOURCE = "unaccepted step, help"
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read commands until their end; 1 if the guest died."""
-    lines = read_text(args.commands).splitlines() if args.commands else None
+    lines = read_text(args.commands).splitlines() if args.commands is not None else None
     stepper = Stepper(boot_config(args), lines)
     for text in args.breaks:
         stepper.breakpoints.append(parse_breakpoint(text))
@@ -121,8 +123,8 @@ class Stepper(cmd.Cmd):
         return self._go(running=True)
 
     def do_back(self, arg: str) -> bool:
-        """back: go back to before the stage that ran last, or that is stopped now. The boot runs again up to there."""
-        stages = len(self._boot.done) - (not self._paused)
+        """back: go back to before the stage that ran last, died, or is stopped. The boot runs again up to there."""
+        stages = len(self._boot.done) - (not self._paused and not self.dead)
         if stages < 0:
             self._say("back: this is the start")
             return False
@@ -176,7 +178,9 @@ class Stepper(cmd.Cmd):
 
     def do_events(self, arg: str) -> bool:
         """events [COUNT]: the last events (default 10)."""
-        count = int(arg) if arg.isdecimal() else 10
+        if arg and not _COUNT.fullmatch(arg):
+            raise FormatError("events", found=repr(arg), expected="a number of events", source=_SOURCE)
+        count = int(arg or 10)
         for record in self._boot.trace.records[-count:] if count else []:
             self._say(_record_text(record))
         return False

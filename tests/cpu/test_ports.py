@@ -1,0 +1,21 @@
+"""I/O ports of the emulated machine that have no test of their own elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpu.devices import Devices
+
+
+@pytest.mark.parametrize("port", range(0x40, 0x44), ids=hex)
+def test_the_timer_stands_still(port: int) -> None:
+    """The interval timer reads 0, whatever is written to it, so that a kernel does not wait for it to move."""
+    devices = Devices(lambda line: None)
+    devices.write(port, 1, 0xB0)
+    assert devices.read(port, 1) == 0
+
+
+@pytest.mark.parametrize("size, value", [(1, 0xFF), (2, 0xFFFF), (4, 0xFFFF_FFFF)])
+def test_a_port_without_a_device_reads_as_all_ones(size: int, value: int) -> None:
+    """Nothing drives the bus."""
+    assert Devices(lambda line: None).read(0x44, size) == value

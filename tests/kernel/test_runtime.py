@@ -1,0 +1,188 @@
+"""The script of stage runtime: how it is read, and what its commands do to the guest."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guest.errors import BootError, FormatError
+from kernel.events import Allocation, FileRead, FileWrite
+from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
+
+
+@pytest.fixture
+def ran(new_boot):
+    """``ran(script, **config)``: the boot and the events of its runtime stage."""
+
+    def run(script: str, **config: object):
+        boot = new_boot(None, script=tuple(parse_script(script)), **config)
+        kinds = (Allocation, FileRead, FileWrite)
+        return boot, [r.event for r in boot.trace.records if r.stage == "runtime" and isinstance(r.event, kinds)]
+
+    return run
+
+
+def unaccepted_kb(event: FileRead) -> int:
+    return int(event.text.splitlines()[3].split()[1])
+
+
+def test_every_command():
+    """Operands with and without a count, comments, empty lines, any white space."""
+    text = "# a script\n\nalloc 9 96\n  alloc 0 # one\nfree 9\t2\ncat /proc/vmstat\n"
+    text += f"echo  64M >  {ACCEPT}\r\necho > {ACCEPT}"
+    assert parse_script(text) == [
+        Command("alloc", order=9, count=96),
+        Command("alloc", order=0, count=1),
+        Command("free", order=9, count=2),
+        Command("cat", path="/proc/vmstat"),
+        Command("echo", path=ACCEPT, text="64M"),
+        Command("echo", path=ACCEPT, text=""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alloc",
+        "alloc x",
+        "alloc 11",
+        "alloc -1",
+        "alloc 0 1048577",
+        "alloc 0 -1",
+        "alloc 0 1 2",
+        "alloc 0x1",
+        "alloc 1.5",
+        "alloc ²",
+        "alloc ٣",
+        "alloc " + "9" * 5000,
+        "Alloc 1",
+        "free",
+        "free 11",
+        "cat",
+        "cat /etc/passwd",
+        "cat /proc/meminfo /proc/vmstat",
+        "echo all",
+        f"echo all >{ACCEPT}",
+        "echo all > /proc/meminfo",
+        f"echo all >> {ACCEPT}",
+        "rm -rf /",
+        "\0",
+    ],
+    ids=lambda line: line[:30],
+)
+def test_wrong_line(line):
+    """It is refused with the script's name and its number, comments and empty lines counted."""
+    with pytest.raises(FormatError) as caught:
+        parse_script(f"# first\n\ncat /proc/meminfo\n{line}\nalloc 0\n", "my.script")
+    assert caught.value.what == "my.script, line 4"
+    assert caught.value.found == repr(line.strip())
+
+
+@given(st.text(max_size=100) | st.text("alocfrethd 0123456789#>\n/", max_size=100))
+def test_random_text(text):
+    """Any text is a list of commands or refused."""
+    with contextlib.suppress(BootError):
+        assert isinstance(parse_script(text), list)
+    with contextlib.suppress(BootError):
+        parse_script("alloc " + text)
+
+
+def test_default_script(ran):
+    """The script of a boot that is given none allocates, accepts and looks."""
+    _, events = ran(DEFAULT_SCRIPT)
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["FileRead", "Allocation", "Allocation", "FileWrite", "FileRead", "FileRead", "FileRead"]
+    assert unaccepted_kb(events[4]) < unaccepted_kb(events[0])
+    assert events[3].result == 4
+
+
+def test_allocations_are_touched(ran):
+    """What is allocated is written by the guest; the memory was accepted before, or the guest would be dead."""
+    boot, events = ran("alloc 10 200\n")
+    assert (events[0].count, events[0].wanted) == (200, 200)
+    assert events[0].accepted_pages > 0
+    assert events[0].accepted_pages % 1024 == 0
+    started = next(r.number for r in boot.trace.records if r.stage == "runtime")
+    written = [(start, end) for number, start, end in boot.machine.memory.writes if number >= started]
+    blocks = [piece for piece in written if piece[1] - piece[0] == 4 * MIB]
+    assert len(blocks) == 200
+    assert all(boot.sept.mapped(*piece).covers(*piece) for piece in blocks)
+
+
+def test_allocation_beyond_memory(ran):
+    """More blocks than there is memory: fewer come back, nothing unaccepted is left in the zones that gave them."""
+    boot, events = ran(
+        "alloc 10 1048576\nalloc 10\ncat /proc/meminfo\nfree 10 1048576\ncat /proc/meminfo\n", memory=GIB
+    )
+    total = sum(zone.managed_pages for zone in boot.kernel.allocator.zones)
+    assert 0 < events[0].count < total >> 10
+    assert (events[1].count, events[1].wanted) == (0, 1)
+    free = [int(event.text.splitlines()[1].split()[1]) for event in events[2:]]
+    assert free[1] - free[0] == events[0].count * 4096
+    assert free[1] == total * 4
+
+
+def test_all_memory_of_a_lazy_guest(ran):
+    """A guest that allocates everything has accepted everything."""
+    boot, events = ran("alloc 10 1048576\ncat /proc/meminfo\n", memory=5 * GIB)
+    assert unaccepted_kb(events[1]) == 0
+    assert not any(boot.bitmap())
+    assert all(boot.sept.mapped(*part).covers(*part) for part in boot.host.ram)
+
+
+def test_free(ran):
+    """Blocks of one order are given back, all of them if more are named; those of other orders stay."""
+    boot, events = ran(
+        "cat /proc/vmstat\nalloc 3 4\nalloc 0 2\nfree 3 3\ncat /proc/vmstat\n"
+        "free 3 100\nfree 3\nfree 5\ncat /proc/vmstat\n"
+    )
+    free = [int(event.text.split()[1]) for event in events if isinstance(event, FileRead)]
+    assert [free[0] - pages for pages in free] == [0, 8 + 2, 2]
+    assert sum(zone.nr_free_pages for zone in boot.kernel.allocator.zones) == free[2]
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "4G garbage", "0", "-4M", "4M4M", "0x", "all of it", "9x"])
+def test_echo_of_garbage(ran, text):
+    """A value that is none is -EINVAL, and nothing is accepted."""
+    _, events = ran(f"cat /proc/meminfo\necho {text} > {ACCEPT}\ncat /proc/meminfo\n")
+    assert (events[1].text, events[1].result) == (text, -22)
+    assert events[0].text == events[2].text
+
+
+@pytest.mark.parametrize(
+    ("text", "kib"), [("1", 4096), ("4M", 4096), ("4194305", 8192), ("0x1000000", 16384), ("64M", 65536)]
+)
+def test_echo_accepts_in_blocks_of_4_mib(ran, text, kib):
+    """The amount is rounded up to whole blocks; the write returns the characters it took, with the line end."""
+    _, events = ran(f"cat /proc/meminfo\necho {text} > {ACCEPT}\ncat /proc/meminfo\n")
+    assert events[1].result == len(text) + 1
+    assert unaccepted_kb(events[0]) - unaccepted_kb(events[2]) == kib
+
+
+@pytest.mark.parametrize("text", ["all", "1E", "9" * 4400])
+def test_echo_all(ran, text):
+    """`all`, or more than there is, accepts everything, however long the number."""
+    boot, events = ran(f"echo {text} > {ACCEPT}\ncat /proc/vmstat\n")
+    assert events[0].result == len(text) + 1
+    assert events[1].text.splitlines()[1] == "nr_unaccepted 0"
+    assert not any(boot.bitmap())
+
+
+def test_watermarks_are_set_first(ran):
+    """The stage begins with the watermarks, which every allocation then respects."""
+    boot, _ = ran("")
+    assert all(zone.watermark.min > 0 for zone in boot.kernel.allocator.zones if zone.populated)
+    boot, _ = ran("", memory=256 * MIB)  # too small for transparent huge pages: khugepaged does not raise them
+    assert 0 < sum(zone.watermark.min for zone in boot.kernel.allocator.zones) < 1000
+
+
+def test_runtime_before_mm_init(new_boot):
+    """A stage out of order is wrong use of ours."""
+    with pytest.raises(ValueError, match="runtime before mm-init"):
+        runtime(new_boot("setup-arch").kernel, [])

@@ -1,0 +1,102 @@
+"""What a boot came to, beyond its table: memory that nobody will use, and whether guest and TDX module agree.
+
+The guest keeps its own record of unaccepted memory in a bitmap; the TDX module keeps the truth in Secure EPT.
+"""
+
+from __future__ import annotations
+
+from bootstub.boot_params import BOOT_PARAMS, e820_table_of, parse_e820_table
+from bootstub.e820_types import E820_TYPE_RAM
+from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
+from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
+from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
+from guest.ranges import RangeSet
+from guest.records import RecordCopy
+from guest.units import PMD_SIZE
+from kernel.efi import EFI_UNACCEPTED_MEMORY
+from tools.pipeline import Boot
+
+
+def verdict_lines(boot: Boot) -> list[str]:
+    """A line for each thing worth knowing; none before the boot stub ran."""
+    if boot.boot_params is None:
+        return []
+    lines = []
+    lost = lost_memory(boot)
+    if lost:
+        lines.append(f"lost: {lost.total() >> 10} KiB of unaccepted memory are not in the kernel's e820 table")
+    by_bitmap, by_module = unaccepted_by_bitmap(boot), unaccepted_by_module(boot)
+    if by_bitmap is None:
+        return [*lines, f"no bitmap of unaccepted memory; {by_module.total() >> 10} KiB are unaccepted"]
+    if by_bitmap == by_module:
+        return [*lines, f"bitmap and Secure EPT agree: {by_module.total() >> 10} KiB are unaccepted"]
+    for text, one, other in (("set in the bitmap", by_bitmap, by_module), ("unaccepted", by_module, by_bitmap)):
+        for start, end in one:
+            lines += [f"disagree: [{a:#x}, {b:#x}) only {text}" for a, b in other.gaps(start, end)]
+    return lines
+
+
+def lost_memory(boot: Boot) -> RangeSet:
+    """RAM that is neither accepted nor RAM in the table that the kernel got."""
+    if boot.boot_params is None:
+        return RangeSet()
+    lost = unaccepted_by_module(boot)
+    params = RecordCopy(boot.boot_params, BOOT_PARAMS)
+    entries = e820_table_of(boot.boot_params)
+    for node in walk_setup_data(boot.physical.read, params["hdr.setup_data"]):
+        if node.type == SetupDataType.SETUP_E820_EXT:
+            entries += parse_e820_table(boot.physical.read(node.gpa + SETUP_DATA.sizeof(), node.len))
+    for entry in entries:
+        if entry.type == E820_TYPE_RAM:
+            lost.remove(entry.addr, entry.addr + entry.size)
+    return lost
+
+
+def unaccepted_by_module(boot: Boot) -> RangeSet:
+    """RAM that Secure EPT does not have as mapped."""
+    ram = boot.host.ram.copy()
+    for start, end in boot.sept.mapped():
+        ram.remove(start, end)
+    return ram
+
+
+def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
+    """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
+    assert boot.boot_params is not None
+    params = RecordCopy(boot.boot_params, BOOT_PARAMS)
+    found = _table(boot, params)
+    if found is None and not params["unaccepted_memory"]:
+        return None
+    at, size, unit, base = found or (params["unaccepted_memory"], len(boot.bitmap()), PMD_SIZE, 0)
+    bits = int.from_bytes(boot.physical.read(at, size), "little")
+    unaccepted = RangeSet()
+    position = 0
+    while bits:
+        skip = (bits & -bits).bit_length() - 1
+        bits, position = bits >> skip, position + skip
+        run = (~bits & bits + 1).bit_length() - 1
+        unaccepted.add(base + position * unit, base + (position + run) * unit)
+        bits, position = bits >> run, position + run
+    for start, end in list(unaccepted):
+        for gap in list(boot.host.ram.gaps(start, end)):
+            unaccepted.remove(gap.start, gap.end)
+    return unaccepted
+
+
+def _table(boot: Boot, params: RecordCopy) -> tuple[int, int, int, int] | None:
+    """Mainline's table: address and bytes of the bitmap, unit size, address of the first unit."""
+    at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
+    if not at:
+        return None
+    read = boot.physical.read
+    system_table = RecordCopy(read(at, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
+    count = min(system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
+    size = EFI_CONFIGURATION_TABLE.sizeof()
+    data = read(system_table["ConfigurationTable"], count * size)
+    for entry in (data[start : start + size] for start in range(0, len(data), size)):
+        if entry[:16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
+            table = int.from_bytes(entry[16:], "little")
+            header = read(table, EFI_UNACCEPTED_MEMORY.size)
+            _, unit, base, bitmap_size = EFI_UNACCEPTED_MEMORY.unpack(header)
+            return table + EFI_UNACCEPTED_MEMORY.size, bitmap_size, unit, base
+    return None
