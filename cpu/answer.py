@@ -59,6 +59,12 @@ def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int) -> int:
     return kernel.entry - LOAD_PHYSICAL_ADDR
 
 
+@lru_cache(maxsize=1)
+def entry_offset(bzimage: bytes) -> int:
+    """What the function returns: the distance of the kernel's entry point from where the kernel is."""
+    return load_segments(decompress(parse_bzimage(bzimage).payload(bzimage))).entry - LOAD_PHYSICAL_ADDR
+
+
 def _displacement(data: bytes, at: int) -> int:
     displacement: int = struct.unpack_from("<i", data, at)[0]
     return displacement

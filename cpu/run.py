@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bootstub.bzimage import parse_bzimage
 from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
-from cpu.answer import find_payload_users, unpack_kernel
+from cpu.answer import entry_offset, find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
 from cpu.counter import BlockCounter
 from cpu.devices import Devices
@@ -42,15 +42,17 @@ class _Reached(Exception):
 class RunOptions:
     """How far to run the real code.
 
-    ``full``: run the decompression too, instead of answering it from outside. ``until``: stop when the kernel puts
-    out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic blocks. ``ve``:
-    what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
+    ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
+    is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
+    kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
+    blocks. ``ve``: what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
     until: str | None = None
     timeout: int | None = None
     ve: VeConfig = NO_VE
+    skip: bool = False
 
 
 class RealCode:
@@ -68,6 +70,8 @@ class RealCode:
         self.devices = Devices(machine.print)
         self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
         self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
+        self.unpacked_for: tuple[int, int] | None = None
+        """Physical and virtual address that the image was about to unpack the kernel for."""
         self._entry: int | None = None
 
     def stub(self) -> None:
@@ -87,7 +91,10 @@ class RealCode:
     def decompressor(self) -> None:
         """Run the decompressor from startup_64 to the kernel's door; it unpacks the kernel itself."""
         startup_32 = self._machine.regs.rip - STARTUP_64_OFFSET
-        self._run_to_the_door(self._moved(startup_32), answer=False)
+        if self._options.skip:
+            self._run_to_unpacking(self._moved(startup_32))
+        else:
+            self._run_to_the_door(self._moved(startup_32), answer=False)
 
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
@@ -100,6 +107,20 @@ class RealCode:
         finally:
             trace.watchers.remove(self._watch)
             self._machine.regs = self.vcpu.registers()
+
+    def _run_to_unpacking(self, base: int) -> None:
+        """Run the image at ``base`` up to ``decompress_kernel()``."""
+
+        def stop() -> None:
+            self.unpacked_for = self.vcpu.state.regs[RDI], self.vcpu.state.regs[RSI]
+            self.vcpu.engine.stop()
+
+        self.vcpu.break_at(base + find_payload_users(self._image)[0], stop)
+        self.vcpu.start(self._machine.regs)
+        self.vcpu.run(self._machine.regs.rip)
+        self._machine.regs = self.vcpu.registers()
+        if self.unpacked_for is None:
+            raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
 
     def _run_to_the_door(self, base: int, answer: bool) -> None:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
@@ -138,9 +159,10 @@ class RealCode:
         A kernel that is to move in virtual memory needs its relocations applied, which only the real code does.
         """
         regs = self.vcpu.state.regs
-        output = regs[RDI]
-        if answer and regs[RSI] == LOAD_PHYSICAL_ADDR:
-            offset = unpack_kernel(self._machine.memory, self._image, output)
+        output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
+        if answer and (self._options.skip or virtual == LOAD_PHYSICAL_ADDR):
+            memory, image = self._machine.memory, self._image
+            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output)
             self._expect_entry(output + offset)
             self.vcpu.return_from_function(offset)
             return

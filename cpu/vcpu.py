@@ -54,6 +54,8 @@ class Vcpu:
         """Number of #VE so far by exit reason."""
         self._exits = InstructionExits(self.engine, self, ve)
         self._noise = 1
+        self.tsc: Callable[[], int] = self._virtual_tsc
+        """What RDTSC reads."""
         self.breakpoints: dict[int, Callable[[], None]] = {}
         self._install_hooks()
 
@@ -234,11 +236,14 @@ class Vcpu:
         return self.state.regs[RAX] & 0xFFFF_FFFF, self.state.regs[RCX] & 0xFFFF_FFFF
 
     def _on_rdtsc(self) -> int:
-        self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
-        self._machine.clock.advance(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
-        tsc = self._machine.clock.ns * TSC_HZ // 1_000_000_000
+        tsc = self.tsc()
         self.state.regs[RAX], self.state.regs[RDX] = tsc & 0xFFFF_FFFF, tsc >> 32 & 0xFFFF_FFFF
         return 1
+
+    def _virtual_tsc(self) -> int:
+        self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
+        self._machine.clock.advance(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
+        return self._machine.clock.ns * TSC_HZ // 1_000_000_000
 
     def _on_syscall(self, uc: Any, data: Any) -> None:
         """SYSCALL: the engine leaves the change of rings to us, and adds 2 to RIP afterwards."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from firmware.efi_types import EfiMemoryType
 from firmware.memory_map import MemoryMap
 from guest.errors import GuestPanic
 from guest.memory import GuestMemory
+from guest.ranges import Range
 from guest.units import PHYSICAL_ADDRESS_END, SZ_64K, round_up
 
 
@@ -18,11 +21,14 @@ class Arena:
 
     ROOM = SZ_64K
 
-    def __init__(self, memory: GuestMemory, memory_map: MemoryMap) -> None:
+    def __init__(
+        self, memory: GuestMemory, memory_map: MemoryMap, rooms: Mapping[EfiMemoryType, Range] | None = None
+    ) -> None:
+        """``rooms`` were set aside beforehand, as edk2 does by its memory type information."""
         self._memory = memory
         self._map = memory_map
-        self._next: dict[int, int] = {}
-        self._end: dict[int, int] = {}
+        self._next: dict[int, int] = {kind: room.start for kind, room in (rooms or {}).items()}
+        self._end: dict[int, int] = {kind: room.end for kind, room in (rooms or {}).items()}
 
     def put(self, type: EfiMemoryType, data: bytes) -> int:
         """Store ``data`` 16-byte aligned in memory of ``type``; returns its guest physical address."""

@@ -51,6 +51,9 @@ class EfiServices:
     system_table: int = 0
     protocols: dict[int, dict[bytes, int]] = field(default_factory=dict)
     exited: bool = False
+    top: int = PHYSICAL_ADDRESS_END
+    """Nothing is allocated from here on."""
+    descriptor_size: int = OVMF_DESCRIPTOR_SIZE
     _pools: dict[int, int] = field(default_factory=dict)
 
     def install_gates(
@@ -67,6 +70,10 @@ class EfiServices:
             answer = self._guarded(name, code, handler or self._services().get(name))
             self.machine.gates.install(address, CallGate(name, nargs, answer))
         return addresses
+
+    def new_handle(self) -> int:
+        """An EFI_HANDLE: the address of an object that only the firmware looks into, as in edk2 (``hndl``)."""
+        return self.arena.put(EfiMemoryType.EfiBootServicesData, b"hndl")
 
     def install_protocol(self, handle: int, guid: UUID, interface: int) -> None:
         """Let ``handle`` carry the protocol ``guid`` whose structure is at ``interface``."""
@@ -95,9 +102,9 @@ class EfiServices:
             return EfiStatus.EFI_SUCCESS if done else EfiStatus.EFI_NOT_FOUND
         if type not in (AllocateType.AllocateAnyPages, AllocateType.AllocateMaxAddress) or pages == 0:
             return EfiStatus.EFI_INVALID_PARAMETER
-        below = PHYSICAL_ADDRESS_END
+        below = self.top
         if type == AllocateType.AllocateMaxAddress:
-            below = min(guest.read_uint(memory, 8) + 1, PHYSICAL_ADDRESS_END)
+            below = min(guest.read_uint(memory, 8) + 1, self.top)
         address = self.memory_map.allocate(memory_type, size, below)
         if address is None:
             return EfiStatus.EFI_OUT_OF_RESOURCES
@@ -112,13 +119,13 @@ class EfiServices:
         return EfiStatus.EFI_SUCCESS if done else EfiStatus.EFI_NOT_FOUND
 
     def get_memory_map(self, size_at: int, buffer: int, key_at: int, stride_at: int, version_at: int) -> int:
-        """GetMemoryMap(): descriptors 48 bytes apart; EFI_BUFFER_TOO_SMALL tells the size that is needed."""
+        """GetMemoryMap(): EFI_BUFFER_TOO_SMALL tells the size that is needed."""
         guest = self.machine.memory
-        data = pack_map(self.memory_map.descriptors())
+        data = pack_map(self.memory_map.descriptors(), self.descriptor_size)
         room = guest.read_uint(size_at, 8)
         guest.write_uint(size_at, len(data), 8)
         for at, value, size in (
-            (stride_at, OVMF_DESCRIPTOR_SIZE, 8),
+            (stride_at, self.descriptor_size, 8),
             (version_at, EFI_MEMORY_DESCRIPTOR_VERSION, 4),
             (key_at, self.memory_map.key, 8),
         ):
@@ -133,7 +140,7 @@ class EfiServices:
         """AllocatePool(): every pool buffer has pages of its own here."""
         if memory_type not in _ALLOCATABLE:
             return EfiStatus.EFI_INVALID_PARAMETER
-        address = self.memory_map.allocate(memory_type, max(size, 1), PHYSICAL_ADDRESS_END)
+        address = self.memory_map.allocate(memory_type, max(size, 1), self.top)
         if address is None:
             return EfiStatus.EFI_OUT_OF_RESOURCES
         self._pools[address] = max(size, 1)

@@ -12,6 +12,7 @@ import construct as c
 
 from firmware.boot_services import EfiServices
 from firmware.efi_types import EfiMemoryType, EfiStatus
+from guest.memory import GuestMemory
 
 _FUNCTIONS = (
     ("Reset", 2),
@@ -34,9 +35,7 @@ def install_console(services: EfiServices) -> int:
     machine, line = services.machine, [""]
 
     def output_string(this: int, string: int) -> int:
-        units = (machine.memory.read(string + 2 * number, 2) for number in range(_MAX_LENGTH))
-        text = b"".join(takewhile(lambda unit: unit != b"\0\0", units)).decode("utf-16-le", errors="replace")
-        *complete, line[0] = (line[0] + text).split("\n")
+        *complete, line[0] = (line[0] + read_char16(machine.memory, string)).split("\n")
         for each in complete:
             machine.print(each.rstrip("\r"))
         return EfiStatus.EFI_SUCCESS
@@ -49,3 +48,9 @@ def install_console(services: EfiServices) -> int:
     fields = {name: gate for (name, _), gate in zip(_FUNCTIONS, gates, strict=True)}
     protocol = EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.build(fields | {"Mode": 0})
     return services.arena.put(EfiMemoryType.EfiBootServicesData, protocol)
+
+
+def read_char16(memory: GuestMemory, gpa: int) -> str:
+    """The null-terminated string of 16-bit characters at ``gpa``."""
+    units = (memory.read(gpa + 2 * number, 2) for number in range(_MAX_LENGTH))
+    return b"".join(takewhile(lambda unit: unit != b"\0\0", units)).decode("utf-16-le", errors="replace")

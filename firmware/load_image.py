@@ -22,7 +22,7 @@ from firmware.tables import (
     EFI_LOADED_IMAGE_PROTOCOL,
     EFI_LOADED_IMAGE_PROTOCOL_REVISION,
 )
-from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1M, round_up
+from guest.units import PAGE_SIZE, SZ_1M, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ def load_image(services: EfiServices, fw_cfg: FwCfg) -> LoadedImage:
     size = round_up(image.size_of_image, PAGE_SIZE)
     code, base = EfiMemoryType.EfiLoaderCode, image.image_base
     if base < SZ_1M or not services.memory_map.allocate_at(code, base, size):
-        found = services.memory_map.allocate(code, size, PHYSICAL_ADDRESS_END)
+        found = services.memory_map.allocate(code, size, services.top)
         if found is None:
             raise services.machine.panic(f"LoadImage: no room for {size:#x} bytes")
         base = found
     services.machine.memory.clear(base, base + size)
     for offset, data in image.pieces:
         services.machine.memory.write(base + offset, data)
-    handle = _new_handle(services)
+    handle = services.new_handle()
     protocol = _loaded_image_protocol(services, base, image.size_of_image, fw_cfg.cmdline)
     services.install_protocol(handle, EFI_LOADED_IMAGE_PROTOCOL_GUID, protocol)
     return LoadedImage(handle, base, size, base + image.entry_point)
@@ -81,7 +81,7 @@ def install_initrd(services: EfiServices, initrd: bytes) -> None:
     (gate,) = services.install_gates((("LoadFile", 5),), EfiMemoryType.EfiBootServicesCode, load_file)
     data = EfiMemoryType.EfiBootServicesData
     protocol = services.arena.put(data, EFI_LOAD_FILE2_PROTOCOL.build({"LoadFile": gate}))
-    handle = _new_handle(services)
+    handle = services.new_handle()
     services.install_protocol(handle, EFI_LOAD_FILE2_PROTOCOL_GUID, protocol)
     services.install_protocol(handle, LINUX_EFI_INITRD_MEDIA_GUID, 0)
 
@@ -106,8 +106,3 @@ def _loaded_image_protocol(services: EfiServices, base: int, size: int, cmdline:
         "Unload": 0,
     }
     return services.arena.put(data, EFI_LOADED_IMAGE_PROTOCOL.build(fields))
-
-
-def _new_handle(services: EfiServices) -> int:
-    """An EFI_HANDLE: the address of an object that only the firmware looks into, as in edk2 (``hndl``)."""
-    return services.arena.put(EfiMemoryType.EfiBootServicesData, b"hndl")

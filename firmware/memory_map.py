@@ -68,22 +68,32 @@ class MemoryMap:
                 if address >= start and (best is None or address > best):
                     best = address
         if best is not None:
-            self._convert(best, best + size, type)
+            self.convert(best, best + size, type)
         return best
 
     def allocate_at(self, type: int, start: int, size: int) -> bool:
         """Take the pages of ``[start, start + size)``; False, and no change, unless all of them are free."""
         if self._types(start, size) != {EfiMemoryType.EfiConventionalMemory}:
             return False
-        self._convert(start, start + round_up(size, PAGE_SIZE), type)
+        self.convert(start, start + round_up(size, PAGE_SIZE), type)
         return True
 
     def free(self, start: int, size: int) -> bool:
         """Give pages back; False, and no change, if one of them is not allocated."""
         if self._types(start, size) & {None, EfiMemoryType.EfiConventionalMemory}:
             return False
-        self._convert(start, start + round_up(size, PAGE_SIZE), EfiMemoryType.EfiConventionalMemory)
+        self.convert(start, start + round_up(size, PAGE_SIZE), EfiMemoryType.EfiConventionalMemory)
         return True
+
+    def convert(self, start: int, end: int, type: int) -> None:
+        """Change the type of allocator memory; attributes stay, but RUNTIME follows the type."""
+        for low, high, use in list(self._uses.runs(start, end)):
+            attribute = use.attribute if use else CACHEABLE
+            attribute &= ~EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            if type in _RUNTIME_TYPES:
+                attribute |= EfiMemoryAttribute.EFI_MEMORY_RUNTIME
+            self._uses.assign(low, high, Use(type, int(attribute)))
+        self.key += 1
 
     def find(self, type: int, size: int) -> int | None:
         """Start of the first range of ``type`` that has ``size`` bytes, or None."""
@@ -98,13 +108,3 @@ class MemoryMap:
         if size == 0 or start % PAGE_SIZE or end > PHYSICAL_ADDRESS_END:
             return {None}
         return {use and use.type for _, _, use in self._uses.runs(start, end)}
-
-    def _convert(self, start: int, end: int, type: int) -> None:
-        """Change the type of allocator memory; attributes stay, but RUNTIME follows the type."""
-        for low, high, use in list(self._uses.runs(start, end)):
-            attribute = use.attribute if use else CACHEABLE
-            attribute &= ~EfiMemoryAttribute.EFI_MEMORY_RUNTIME
-            if type in _RUNTIME_TYPES:
-                attribute |= EfiMemoryAttribute.EFI_MEMORY_RUNTIME
-            self._uses.assign(low, high, Use(type, int(attribute)))
-        self.key += 1

@@ -52,12 +52,12 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
-    machine.regs.rsp = _stack(services)
+    machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
 
 
-def _stack(services: EfiServices) -> int:
+def build_stack(services: EfiServices) -> int:
     """A stack with the image's return address on it; returns RSP at the image's entry."""
     machine = services.machine
 

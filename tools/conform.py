@@ -1,7 +1,8 @@
 """``unaccepted conform FILE...``: run recorded answers of the real code through our stages and compare.
 
 A file has one case a line, as JSON; it may be compressed with gzip. Its family is the first part of its name:
-``v9.jsonl.gz``, ``e820.jsonl``.
+``v9.jsonl.gz``, ``stub.jsonl``. Some families are recorded runs of a kernel image, which is run again here:
+``--kernel``. With ``--record``, such runs are not compared but written down, as cases for others.
 """
 
 from __future__ import annotations
@@ -9,19 +10,30 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from guest.errors import BootError, FormatError
 from tools.cli import script
+from tools.config import read_file
+from tools.left_out import LeftOut
+from tools.parallel import in_parallel
 from tools.render import add_json_option, json_text, print_table
 
-FAMILIES = ("v9", "e820")
-"""Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``."""
+FAMILIES = {"v9": False, "e820": False, "stub": True, "decompressor": True}
+"""Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
+cases are runs of a kernel image, ``run_case(case, image)``."""
+RECORDABLE = ("stub",)
+"""Families whose module ``tools.record_FAMILY`` has ``record(case, image)``."""
 
 _NO_CASE = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError, struct.error,
@@ -34,50 +46,150 @@ _SOURCE = "unaccepted conform --help"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("files", metavar="FILE", nargs="+", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
+    parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
+    runs = " and ".join(name for name, image in FAMILIES.items() if image)
+    parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
+    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
+    parser.add_argument(
+        "--record", metavar="OUT", help="write down runs of --kernel on the set-ups of --maps, as JSON lines"
+    )
+    parser.add_argument(
+        "--maps", metavar="FILE", help=f"cases that say what to run for --record: {', '.join(RECORDABLE)}"
+    )
     add_json_option(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all files; 1 if any case differs."""
-    results = [_run_file(Path(name)) for name in args.files]
+    if args.jobs < 1 or (args.limit is not None and args.limit < 1):
+        args.usage_error("--jobs and --limit take numbers from 1 on")
+    if (args.record is None) != (args.maps is None) or (args.record is None) != bool(args.files):
+        args.usage_error("give either FILE..., or --record and --maps")
+    if args.record is not None:
+        return _record(args)
+    results = [_run_file(Path(name), args) for name in args.files]
     if args.json:
         print(json_text({"schema": 1, "files": results}, args.json))
     else:
         for result in results:
             _print_differences(result["differing"][: args.differences])
-        rows = [[r["family"], *(str(r[key]) for key in ("cases", "agree", "differ"))] for r in results]
-        print_table(["family", "cases", "agree", "differ"], rows)
+        columns = ("cases", "agree", "differ", "left_out")
+        rows = [[r["family"], *(str(r[key]) for key in columns)] for r in results]
+        print_table(["family", "cases", "agree", "differ", "left out"], rows)
+        for result in results:
+            for reason, count in result["reasons"].items():
+                print(f"{result['family']}: {count} left out: {reason}")
     return 1 if any(result["differ"] for result in results) else 0
 
 
-def _run_file(path: Path) -> dict[str, Any]:
-    family = path.name.split(".")[0]
-    if family not in FAMILIES:
-        expected = f"a name that starts with {' or '.join(FAMILIES)}"
-        raise FormatError(str(path), found=f"family {family!r}", expected=expected, source=_SOURCE)
-    run_case = import_module(f"tools.conform_{family}").run_case
-    cases, differing = 0, []
-    for number, case in enumerate(_cases(path), 1):
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What one case came to; ``malformed`` says why it is no case."""
+
+    id: Any = None
+    name: Any = None
+    differences: list[str] = field(default_factory=list)
+    left_out: str | None = None
+    malformed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _RunCase:
+    """Runs a case of ``family``. It goes to other processes; each reads the image at ``kernel`` once."""
+
+    family: str
+    kernel: str | None
+
+    def __call__(self, case: dict[str, Any]) -> _Outcome:
+        what = case.get("id"), case.get("name") or case.get("profile")
+        run_case = import_module(f"tools.conform_{self.family}").run_case
+        try:
+            return _Outcome(*what, run_case(case, *_image(self.kernel)))
+        except LeftOut as reason:
+            return _Outcome(*what, left_out=str(reason))
+        except BootError as error:
+            return _Outcome(*what, [f"our stages stopped: {error}"])
+        except _NO_CASE as error:
+            return _Outcome(malformed=f"{type(error).__name__}: {error}"[:80])
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordCase:
+    """Runs the set-up of a case of ``family``: the new case as a line of text, or why there is none."""
+
+    family: str
+    kernel: str
+
+    def __call__(self, case: dict[str, Any]) -> tuple[str, str]:
+        record = import_module(f"tools.record_{self.family}").record
+        try:
+            return json.dumps(record(case, *_image(self.kernel))) + "\n", ""
+        except BootError as error:
+            return "", f"case {case.get('id')} was not recorded: {error}"
+        except _NO_CASE as error:
+            return "", f"case {case.get('id')} is no case: {type(error).__name__}: {error}"
+
+
+@lru_cache(maxsize=1)
+def _image(kernel: str | None) -> tuple[bytes, ...]:
+    return () if kernel is None else (read_file(kernel),)
+
+
+def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    family = _family(path, tuple(FAMILIES))
+    run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None)
+    cases, differing, reasons = 0, [], Counter[str]()
+    for outcome in in_parallel(run_case, islice(_cases(path), args.limit), args.jobs):
         cases += 1
-        if differences := _compare(run_case, case, f"{path}, line {number}"):
-            differing.append({"id": case.get("id"), "name": case.get("name"), "differences": differences})
+        if outcome.malformed:
+            where, found = f"{path}, line {cases}", outcome.malformed
+            raise FormatError(where, found=found, expected="a case of this family", source=_SOURCE)
+        if outcome.left_out:
+            reasons[outcome.left_out] += 1
+        elif outcome.differences:
+            differing.append({"id": outcome.id, "name": outcome.name, "differences": outcome.differences})
     if cases == 0:
         raise FormatError(str(path), found="no case", expected="one JSON object a line", source=_SOURCE)
-    agree = cases - len(differing)
-    return {"family": family, "cases": cases, "agree": agree, "differ": len(differing), "differing": differing}
+    left_out, differ = sum(reasons.values()), len(differing)
+    return {
+        "family": family, "cases": cases, "agree": cases - differ - left_out, "differ": differ, "left_out": left_out,
+        "reasons": dict(reasons), "differing": differing,
+    }  # fmt: skip
 
 
-def _compare(run_case: Callable[[dict[str, Any]], list[str]], case: dict[str, Any], where: str) -> list[str]:
-    """The differences of one case. A guest that dies is one; a case that is no case is refused."""
-    try:
-        return run_case(case)
-    except BootError as error:
-        return [f"our stages stopped: {error}"]
-    except _NO_CASE as error:
-        found = f"{type(error).__name__}: {error}"[:80]
-        raise FormatError(where, found=found, expected="a case of this family", source=_SOURCE) from error
+def _record(args: argparse.Namespace) -> int:
+    """Write a case for each case of ``--maps``."""
+    maps = Path(args.maps)
+    record_case = _RecordCase(_family(maps, RECORDABLE), _kernel(maps, args))
+    with Path(args.record).open("w", encoding="utf-8") as file:
+        for line, reason in in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs):
+            file.write(line)
+            if reason:
+                print(reason)
+    return 0
+
+
+def _family(path: Path, known: tuple[str, ...]) -> str:
+    family = path.name.split(".")[0]
+    if family not in known:
+        expected = f"a name that starts with {' or '.join(known)}"
+        raise FormatError(str(path), found=f"family {family!r}", expected=expected, source=_SOURCE)
+    return family
+
+
+def _kernel(path: Path, args: argparse.Namespace) -> str:
+    """The kernel image, once it is clear that it can be run."""
+    if args.kernel is None:
+        raise FormatError(str(path), found="no --kernel", expected="--kernel FILE, the image to run", source=_SOURCE)
+    from bootstub.bzimage import parse_bzimage
+    from cpu.binding import self_test
+
+    parse_bzimage(*_image(args.kernel))
+    self_test()
+    return str(args.kernel)
 
 
 def _cases(path: Path) -> Iterator[dict[str, Any]]:

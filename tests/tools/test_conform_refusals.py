@@ -87,4 +87,4 @@ def test_case_that_differs(command, file):
     assert (answer.status, answer.err) == (1, "")
     assert answer.out.splitlines()[0] == f"case {case['id']} {case['name']}"
     assert answer.out.splitlines()[1].startswith("    n: found ")
-    assert answer.out.splitlines()[-1].split() == ["v9", "1", "0", "1"]
+    assert answer.out.splitlines()[-1].split() == ["v9", "1", "0", "1", "0"]

@@ -1,0 +1,148 @@
+"""Run the EFI stub of a real kernel image on the set-up of a recorded case, and write down what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of, parse_e820_table
+from bootstub.setup_data import SetupDataType, walk_setup_data
+from cpu.run import RealCode, RunOptions
+from firmware.memory_descriptor import MemoryDescriptor
+from firmware.pe import parse_pe
+from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
+from guest.errors import GuestPanic
+from guest.records import GuestRecord, RecordCopy
+from guest.units import PAGE_SIZE, round_up
+from tools.efi_names import guid_name
+from tools.record_calls import RecordingGates
+from tools.recorded_firmware import start_firmware
+from tools.recorded_td import RecordedTd
+from tools.unaccepted_table import read_table
+
+TIMEOUT_BLOCKS = 1 << 26
+_ENTERED = "entered kernel"
+_SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
+SET_UP = (
+    "id", "profile", "cmdline", "descs", "alloc_limit", "desc_size", "shuffle", "rng", "pretable", "ebs_fail",
+    "ebs_mutate", *_SETTINGS,
+)  # fmt: skip
+"""Fields of a case that say what is run; the others say what came of it."""
+
+
+def run_stub(case: dict[str, Any], image: bytes) -> dict[str, Any]:
+    """Run the stub of ``image`` up to the kernel's entry point; no kernel is unpacked.
+
+    Returns the fields of a recorded ``out``, and ``input_map``. A guest that dies in a way that no recorded guest
+    did leaves as ``BootError``.
+    """
+    return _Run(case, image).run()
+
+
+def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
+    """A case with the set-up of ``case`` and what came of it here."""
+    out = run_stub(case, image)
+    set_up = {name: case[name] for name in SET_UP if name in case}
+    return set_up | {"firmware": {"image_size": image_size(image)}, "input_map": out.pop("input_map"), "out": out}
+
+
+def image_size(image: bytes) -> int:
+    """Bytes that the loaded image takes, whole pages."""
+    return round_up(parse_pe(image).size_of_image, PAGE_SIZE)
+
+
+class _Run:
+    def __init__(self, case: dict[str, Any], image: bytes) -> None:
+        descriptors = [MemoryDescriptor(*fields) for fields in case["descs"]]
+        self._td = RecordedTd(descriptors, **{name: case[name] for name in _SETTINGS if name in case})
+        self._machine, self._physical = self._td.machine, self._td.physical
+        self._machine.trace.stage = "efi-stub"
+        self._gates = self._machine.gates = RecordingGates(self._td.trace, self._machine.memory)
+        self._services, self._image = start_firmware(self._td, case, image)
+        options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
+        self._code = RealCode(self._machine, self._physical, image, options)
+        self._code.vcpu.tsc = self._td.rdtsc
+
+    def run(self) -> dict[str, Any]:
+        services = self._services
+        out: dict[str, Any] = {
+            "input_map": sorted(_rows(services.memory_map.descriptors()), key=lambda row: row[1]),
+            "stop": self._run_to_the_end(),
+            "stub_exit_status": services.exit_status,
+        }
+        if self._code.unpacked_for is not None:
+            out["kernel_pa"], out["kernel_va"] = self._code.unpacked_for
+        if out["stop"] == _ENTERED:
+            out |= self._boot_params(self._machine.regs.rsi) | {"kernel_entry": self._machine.regs.rip}
+        tables = list(self._config_tables())
+        table = dict(tables).get("LINUX_UNACCEPTED_MEM_TABLE")
+        accepts = self._td.accepts()
+        return out | {
+            "config_tables": [list(entry) for entry in tables],
+            "table": None if table is None else read_table(self._physical, table),
+            "accept": accepts,
+            "accept_calls": sum(count for *_, count in accepts),
+            "still_pending": self._td.still_pending(),
+            "map_at_bitmap": _rows(services.maps[1]) if len(services.maps) > 1 else None,
+            "map_at_exit": _rows(services.maps[-1]) if services.maps else None,
+            "calls": self._gates.calls,
+            "console": self._gates.console,
+            "cpuid": {f"{leaf:#x}": count for leaf, count in self._td.module.cpuids.items()},
+            "rdtsc": self._td.rdtscs,
+        }
+
+    def _run_to_the_end(self) -> str:
+        """Run; returns how it ended."""
+        try:
+            self._code.stub()
+        except GuestPanic as error:
+            if self._services.exit_status is not None:
+                return f"BS.Exit({self._services.exit_status:#x})"
+            if not error.text.startswith("halted at "):
+                raise
+            return f"halted at image+{self._machine.regs.rip - self._image.base:#x}"
+        return _ENTERED
+
+    def _boot_params(self, gpa: int) -> dict[str, Any]:
+        page = self._physical.read(gpa, BOOT_PARAMS_SIZE)
+        return {
+            "boot_params_pa": gpa,
+            "boot_params": _sparse(page),
+            "e820": [[e.addr, e.size, e.type] for e in e820_table_of(page)],
+            "setup_data": list(self._setup_data(RecordCopy(page, BOOT_PARAMS)["hdr.setup_data"])),
+        }
+
+    def _setup_data(self, head: int) -> Iterator[dict[str, Any]]:
+        read = self._physical.read
+        for node in walk_setup_data(read, head):
+            row: dict[str, Any] = {"pa": node.gpa, "type": node.type, "len": node.len}
+            if node.type == SetupDataType.SETUP_E820_EXT:
+                row["e820ext"] = [[e.addr, e.size, e.type] for e in parse_e820_table(read(node.data_gpa, node.len))]
+            yield row
+
+    def _config_tables(self) -> Iterator[tuple[str, int]]:
+        system_table = GuestRecord(self._machine.memory, self._services.system_table, EFI_SYSTEM_TABLE)
+        size = EFI_CONFIGURATION_TABLE.sizeof()
+        for number in range(system_table["NumberOfTableEntries"]):
+            at = system_table["ConfigurationTable"] + number * size
+            entry = EFI_CONFIGURATION_TABLE.parse(self._physical.read(at, size))
+            yield guid_name(entry.VendorGuid), entry.VendorTable
+
+
+def _rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:
+    """Descriptors as a recorded map has them: ``[type, start, pages, attribute]``."""
+    return [[d.type, d.start, d.pages, d.attribute] for d in descriptors]
+
+
+def _sparse(page: bytes, step: int = 8) -> list[list[Any]]:
+    """The parts of ``page`` that are not zero, ``[offset, hexadecimal]``."""
+    out: list[list[Any]] = []
+    for at in range(0, len(page), step):
+        piece = page[at : at + step]
+        if not any(piece):
+            continue
+        if out and out[-1][0] + len(out[-1][1]) // 2 == at:
+            out[-1][1] += piece.hex()
+        else:
+            out.append([at, piece.hex()])
+    return out
