@@ -32,6 +32,7 @@ _CPL_MASK = 3
 _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
+_TRIES = 5
 _MARKERS = (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D, 0x6996_5555_0FF1_CE00)
 _ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
 
@@ -268,18 +269,22 @@ def _import_unicorn() -> Any:
 
 
 def _find_state(uc: Any, const: Any) -> int:
-    """Address of CPUX86State: the one place, near a pointer in the engine, that follows R15."""
-    uc.reg_write(const.UC_X86_REG_R15, _MARKERS[0])
-    candidates = set(_pointed_to(uc._uch.value, _MARKERS[0].to_bytes(8, "little")))
-    for marker in _MARKERS[1:]:  # a copy of the first marker, in this very function for one, does not follow
-        uc.reg_write(const.UC_X86_REG_R15, marker)
-        candidates = {at for at in candidates if ctypes.c_uint64.from_address(at).value == marker}
-    uc.reg_write(const.UC_X86_REG_R15, 0)
-    if len(candidates) != 1:
-        raise EngineError(
-            f"unicorn: CPU state found in {len(candidates)} places; known to work: unicorn {KNOWN_VERSION}"
-        )
-    return candidates.pop() - 15 * 8
+    """Address of CPUX86State: the one place, near a pointer in the engine, that follows R15.
+
+    What else the process does with its memory meanwhile may hide it for once, so it is looked for a few times.
+    """
+    found = 0
+    for _ in range(_TRIES):
+        uc.reg_write(const.UC_X86_REG_R15, _MARKERS[0])
+        candidates = set(_pointed_to(uc._uch.value, _MARKERS[0].to_bytes(8, "little")))
+        for marker in _MARKERS[1:]:  # a copy of the first marker, in this very function for one, does not follow
+            uc.reg_write(const.UC_X86_REG_R15, marker)
+            candidates = {at for at in candidates if ctypes.c_uint64.from_address(at).value == marker}
+        uc.reg_write(const.UC_X86_REG_R15, 0)
+        found = len(candidates)
+        if found == 1:
+            return candidates.pop() - 15 * 8
+    raise EngineError(f"unicorn: CPU state found in {found} places; known to work: unicorn {KNOWN_VERSION}")
 
 
 def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:

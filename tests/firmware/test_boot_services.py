@@ -199,6 +199,24 @@ def test_the_map_in_the_buffer_is_the_firmwares(efi):
     assert rows == wanted
 
 
+def test_descriptors_may_stand_further_apart(efi):
+    """Another DescriptorSize is told to the caller, and is the distance in the buffer."""
+    _, size, _, _, _, buffer = efi.memory_map()
+    efi.services.descriptor_size = 64
+    status, wide_size, _, stride, _, wide = efi.memory_map()
+    assert (status, stride, wide_size) == (SUCCESS, 64, size // 48 * 64)
+    rows = [wide[at : at + 40] for at in range(0, wide_size, 64)]
+    assert rows == [buffer[at : at + 40] for at in range(0, size, 48)]
+
+
+def test_nothing_is_allocated_above_the_limit(efi):
+    """Where the firmware allocates only so far up, pages and pools are the highest below that."""
+    efi.services.top = 0x100_0000
+    assert efi.allocate_pages(ANY, LOADER_DATA, 2) == (SUCCESS, 0xFF_E000)
+    assert efi.allocate_pages(MAX_ADDRESS, LOADER_DATA, 1, (1 << 64) - 1) == (SUCCESS, 0xFF_D000)
+    assert efi.allocate_pool(LOADER_DATA, 1) == (SUCCESS, 0xFF_C000)
+
+
 def test_optional_results_may_be_null(efi):
     """Null pointers for key, descriptor size and version are left out."""
     efi.memory.write_uint(SCRATCH, 0x8000, 8)
