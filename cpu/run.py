@@ -156,15 +156,12 @@ class RealCode:
             self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
-        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
-
-        A kernel that is to move in virtual memory needs its relocations applied, which only the real code does.
-        """
+        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address."""
         regs = self.vcpu.state.regs
         output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
-        if answer and (self._options.skip or virtual == LOAD_PHYSICAL_ADDR):
+        if answer:
             memory, image = self._machine.memory, self._image
-            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output)
+            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output, virtual)
             self._expect_entry(output + offset)
             self.vcpu.return_from_function(offset)
             return
