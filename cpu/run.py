@@ -69,7 +69,9 @@ class RealCode:
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
         self.devices = Devices(machine.print)
         self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
-        self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
+        self.counter = BlockCounter(self.vcpu.engine, _tick_interval(options.timeout), self._tick)
+        self.running = False
+        """Whether the vCPU runs now; then its registers are the guest's, not those of the machine."""
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
         self._entry: int | None = None
@@ -101,11 +103,19 @@ class RealCode:
         trace = self._machine.trace
         trace.watchers.append(self._watch)
         try:
-            self.vcpu.run(self._machine.regs.rip)
+            self._run()
         except _Reached:
             self._machine.note(f"stopped at {self._options.until!r}")
         finally:
             trace.watchers.remove(self._watch)
+
+    def _run(self) -> None:
+        """Run from where the machine stands until a hook stops the vCPU; the machine then stands where that did."""
+        self.running = True
+        try:
+            self.vcpu.run(self._machine.regs.rip)
+        finally:
+            self.running = False
             self._machine.regs = self.vcpu.registers()
 
     def _run_to_unpacking(self, base: int) -> None:
@@ -117,8 +127,7 @@ class RealCode:
 
         self.vcpu.break_at(base + find_payload_users(self._image)[0], stop)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self.unpacked_for is None:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
 
@@ -126,8 +135,7 @@ class RealCode:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
         self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
         self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
@@ -199,3 +207,8 @@ class RealCode:
             self._progress(self.counter.count)
         if self._options.timeout is not None and self.counter.count >= self._options.timeout:
             raise self._machine.panic(f"stopped after {self.counter.count} basic blocks (--timeout)")
+
+
+def _tick_interval(timeout: int | None) -> int:
+    """Basic blocks from tick to tick: at most ``TICK_BLOCKS``, and such that one is at ``timeout``."""
+    return -(-timeout // -(-timeout // TICK_BLOCKS)) if timeout else TICK_BLOCKS
