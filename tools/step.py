@@ -163,7 +163,7 @@ class Stepper(cmd.Cmd):
 
     def do_changes(self, arg: str) -> bool:
         """changes: memory that the stage wrote, largest ranges first."""
-        self._show("wrote", list(self._written()))
+        self._show(self._wrote, list(self._written()))
         return False
 
     def do_accepted(self, arg: str) -> bool:
@@ -275,7 +275,7 @@ class Stepper(cmd.Cmd):
         changed = [f"{reg}={value:#x}" for reg, value in after.items() if value != before[reg]]
         self._say(f"stage {name} done at {self._boot.clock.ns / 1e6:.3f} ms")
         self._say(f"registers {'  '.join(changed) or 'unchanged'}")
-        self._show("wrote", list(self._written()))
+        self._show(self._wrote, list(self._written()))
         self._show("accepted", list(self._newly_accepted()))
 
     def _run_next(self) -> str:
@@ -299,6 +299,11 @@ class Stepper(cmd.Cmd):
     def _written(self) -> RangeSet:
         writes = self._boot.machine.memory.writes
         return RangeSet((start, end) for number, start, end in writes if number >= self._first_event)
+
+    @property
+    def _wrote(self) -> str:
+        """Stores of real code are the engine's; only what the machine wrote for it is known."""
+        return "wrote" if self._boot.real_code is None else "wrote, besides real code's own stores,"
 
     def _newly_accepted(self) -> RangeSet:
         accepted = self._boot.sept.mapped()
