@@ -193,8 +193,10 @@ class RealCode:
     def _watch(self, record: Record) -> None:
         """Stop where the user said, and where the kernel says that it goes no further."""
         event, until = record.event, self._options.until
-        if until == UNTIL_ACCEPT and isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
-            raise _Reached
+        if until == UNTIL_ACCEPT:
+            if isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+                raise _Reached
+            until = None  # no text: the word is part of "unaccepted"
         if not isinstance(event, Print):
             return
         if PANIC_END in event.text:
