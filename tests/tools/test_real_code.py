@@ -114,7 +114,7 @@ def test_until_and_save(command, debian_kernel, tmp_path):
     assert command("dump", "boot-params", tmp_path / "boot_params.bin").status == 0
     e820 = command("dump", "boot-params", tmp_path / "boot_params.bin", "--dmesg").out
     assert (tmp_path / "e820.txt").read_text() == e820
-    assert [line for line in answer.out.splitlines() if "BIOS-e820" in line] == [
+    assert [line for line in answer.out.splitlines() if "BIOS-e820: " in line] == [
         f"[    0.000000] {line}" for line in e820.splitlines()
     ]
     assert (tmp_path / "bitmap.bin").read_bytes() == bytes([0xFF] * 256)  # cleared after the accept
