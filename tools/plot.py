@@ -52,6 +52,9 @@ def check_plot(path: str) -> None:
     """Refuse, before the boot, a picture that could not be drawn after it."""
     if Path(path).suffix not in FORMATS:
         raise FormatError("--plot", found=repr(path), expected="a name that ends in .svg or .png", source="boot --help")
+    directory = Path(path).parent
+    if not directory.is_dir():
+        raise FormatError("--plot", found=f"no {str(directory)!r}", expected="a directory", source="boot --help")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -61,6 +61,11 @@ def test_other_formats(refused, tmp_path, name):
     assert "expected a name that ends in .svg or .png" in refused("boot", "--plot", f"{tmp_path}/{name}")
 
 
+def test_no_such_directory(refused, tmp_path):
+    """A picture that could not be written is refused before the boot too."""
+    assert refused("boot", "--plot", f"{tmp_path}/none/boot.svg").startswith(f"--plot: found no '{tmp_path}/none'")
+
+
 def test_without_matplotlib(refused, monkeypatch):
     """The extra is named, before the boot."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

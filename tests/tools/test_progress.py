@@ -39,16 +39,15 @@ def wait_for(path: Path, text: str, child: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
-def interrupted(kernel: Path, log: Path, *words: str) -> tuple[int, str]:
-    """Exit status and standard error of a boot that got SIGINT while the real kernel ran."""
-    command = program("boot", "--kernel", kernel, "--run", "kernel", "--memory", "6G", *words)
+def interrupted(log: Path, words: list[str], awaited: str | None) -> tuple[int, str]:
+    """Exit status and standard error of a child that got SIGINT once ``awaited`` was on its standard output."""
     with log.open("wb") as out:
-        child = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=out, stderr=subprocess.PIPE)
+        child = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=out, stderr=subprocess.PIPE)
     try:
-        if "--json" in words:
+        if awaited is None:
             time.sleep(4)
         else:
-            wait_for(log, "Zone ranges", child)
+            wait_for(log, awaited, child)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=LIMIT_SECONDS)
     finally:
@@ -56,9 +55,14 @@ def interrupted(kernel: Path, log: Path, *words: str) -> tuple[int, str]:
     return child.returncode, err.decode()
 
 
+def on_the_kernel(verb: str, kernel: Path, *words: object) -> list[str]:
+    """A child that runs the real kernel."""
+    return program(verb, "--kernel", kernel, "--run", "kernel", "--memory", "6G", *words)
+
+
 def test_ctrl_c_in_real_code(debian_kernel, tmp_path):
     """The table so far, one line on standard error, exit status 130."""
-    status, err = interrupted(debian_kernel, tmp_path / "log")
+    status, err = interrupted(tmp_path / "log", on_the_kernel("boot", debian_kernel), "Zone ranges")
     assert (status, err) == (130, "unaccepted: interrupted\n")
     lines = (tmp_path / "log").read_text().splitlines()
     table = [line.split()[0] for line in lines[lines.index("") :] if line]
@@ -67,11 +71,17 @@ def test_ctrl_c_in_real_code(debian_kernel, tmp_path):
 
 def test_ctrl_c_with_json(debian_kernel, tmp_path):
     """Standard output is still one JSON value, with what is there."""
-    status, err = interrupted(debian_kernel, tmp_path / "log", "--json")
+    status, err = interrupted(tmp_path / "log", on_the_kernel("boot", debian_kernel, "--json"), None)
     assert (status, err) == (130, "unaccepted: interrupted\n")
     answer = json.loads((tmp_path / "log").read_text())
     assert answer["error"] == "interrupted"
     assert answer["stages"][0]["stage"] == "host"
+
+
+def test_ctrl_c_in_step(debian_kernel, tmp_path, file):
+    """The debugger ends in the same way, from inside the vCPU."""
+    words = on_the_kernel("step", debian_kernel, "--commands", file("commands", "continue\n"))
+    assert interrupted(tmp_path / "log", words, "stage efi-stub done") == (130, "unaccepted: interrupted\n")
 
 
 def test_ctrl_c_in_our_stages(command, monkeypatch):
@@ -115,7 +125,7 @@ def test_the_signal_at_a_prompt():
 def test_status_line_on_a_terminal(debian_kernel):
     """One line, cut to the terminal's width, wiped before the kernel's next line and at the end."""
     primary, secondary = pty.openpty()
-    words = program("boot", "--kernel", debian_kernel, "--run", "kernel", "--memory", "6G", "--until", "Zone ranges")
+    words = on_the_kernel("boot", debian_kernel, "--until", "Zone ranges")
     child = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=secondary)
     os.close(secondary)
     out = child.communicate(timeout=LIMIT_SECONDS)[0].decode()
