@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,24 +31,21 @@ def program(verb: str, *words: object) -> list[str]:
     return [sys.executable, "-m", "tools.cli", verb, *map(str, words)]
 
 
-def wait_for(path: Path, text: str, child: subprocess.Popen[bytes]) -> None:
-    """Until the file has ``text`` in it."""
+def wait_for(there: Callable[[], bool], child: subprocess.Popen[bytes]) -> None:
+    """Until ``there`` says so."""
     end = time.monotonic() + LIMIT_SECONDS
-    while text not in path.read_text():
+    while not there():
         assert child.poll() is None, "the child ended before it was interrupted"
-        assert time.monotonic() < end, f"no {text!r}"
+        assert time.monotonic() < end, "the child did not come so far"
         time.sleep(0.05)
 
 
-def interrupted(log: Path, words: list[str], awaited: str | None) -> tuple[int, str]:
-    """Exit status and standard error of a child that got SIGINT once ``awaited`` was on its standard output."""
+def interrupted(log: Path, words: list[str], there: Callable[[], bool]) -> tuple[int, str]:
+    """Exit status and standard error of a child that prints to ``log`` and got SIGINT once it was ``there``."""
     with log.open("wb") as out:
         child = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=out, stderr=subprocess.PIPE)
     try:
-        if awaited is None:
-            time.sleep(4)
-        else:
-            wait_for(log, awaited, child)
+        wait_for(there, child)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=LIMIT_SECONDS)
     finally:
@@ -62,7 +60,8 @@ def on_the_kernel(verb: str, kernel: Path, *words: object) -> list[str]:
 
 def test_ctrl_c_in_real_code(debian_kernel, tmp_path):
     """The table so far, one line on standard error, exit status 130."""
-    status, err = interrupted(tmp_path / "log", on_the_kernel("boot", debian_kernel), "Zone ranges")
+    log = tmp_path / "log"
+    status, err = interrupted(log, on_the_kernel("boot", debian_kernel), lambda: "Zone ranges" in log.read_text())
     assert (status, err) == (130, "unaccepted: interrupted\n")
     lines = (tmp_path / "log").read_text().splitlines()
     table = [line.split()[0] for line in lines[lines.index("") :] if line]
@@ -71,17 +70,30 @@ def test_ctrl_c_in_real_code(debian_kernel, tmp_path):
 
 def test_ctrl_c_with_json(debian_kernel, tmp_path):
     """Standard output is still one JSON value, with what is there."""
-    status, err = interrupted(tmp_path / "log", on_the_kernel("boot", debian_kernel, "--json"), None)
+    saved = tmp_path / "saved"
+
+    def there() -> bool:
+        """The directory is made just before the boot begins; give that a moment."""
+        if not saved.exists():
+            return False
+        time.sleep(1.5)
+        return True
+
+    words = on_the_kernel("boot", debian_kernel, "--json", "--save", saved)
+    status, err = interrupted(tmp_path / "log", words, there)
     assert (status, err) == (130, "unaccepted: interrupted\n")
     answer = json.loads((tmp_path / "log").read_text())
     assert answer["error"] == "interrupted"
     assert answer["stages"][0]["stage"] == "host"
+    assert (saved / "trace.jsonl").exists()
 
 
 def test_ctrl_c_in_step(debian_kernel, tmp_path, file):
     """The debugger ends in the same way, from inside the vCPU."""
     words = on_the_kernel("step", debian_kernel, "--commands", file("commands", "continue\n"))
-    assert interrupted(tmp_path / "log", words, "stage efi-stub done") == (130, "unaccepted: interrupted\n")
+    log = tmp_path / "log"
+    end = interrupted(log, words, lambda: "stage efi-stub done" in log.read_text())
+    assert end == (130, "unaccepted: interrupted\n")
 
 
 def test_ctrl_c_in_our_stages(command, monkeypatch):
