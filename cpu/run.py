@@ -73,7 +73,9 @@ class RealCode:
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
         self.devices = Devices(machine.print)
         self.vcpu = Vcpu(machine, physical, self.devices, options.ve, options.seed)
-        self.counter = InstructionCounter(self.vcpu.engine, TICK_INSTRUCTIONS, self._tick)
+        self.counter = InstructionCounter(self.vcpu.engine, _tick_interval(options.timeout), self._tick)
+        self.running = False
+        """Whether the vCPU runs now; then its registers are the guest's, not those of the machine."""
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
         self._boot_params: int | None = None
@@ -107,11 +109,19 @@ class RealCode:
         trace = self._machine.trace
         trace.watchers.append(self._watch)
         try:
-            self.vcpu.run(self._machine.regs.rip)
+            self._run()
         except _Reached:
             self._machine.note(f"stopped at {self._options.until!r}")
         finally:
             trace.watchers.remove(self._watch)
+
+    def _run(self) -> None:
+        """Run from where the machine stands until a hook stops the vCPU; the machine then stands where that did."""
+        self.running = True
+        try:
+            self.vcpu.run(self._machine.regs.rip)
+        finally:
+            self.running = False
             self._machine.regs = self.vcpu.registers()
 
     def _run_to_unpacking(self, base: int) -> None:
@@ -123,8 +133,7 @@ class RealCode:
 
         self.vcpu.break_at(base + find_payload_users(self._image)[0], stop)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self.unpacked_for is None:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
 
@@ -132,8 +141,7 @@ class RealCode:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
         self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
         self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} instructions")
@@ -211,8 +219,10 @@ class RealCode:
     def _watch(self, record: Record) -> None:
         """Stop where the user said, and where the kernel says that it goes no further."""
         event, until = record.event, self._options.until
-        if until == UNTIL_ACCEPT and isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
-            raise _Reached
+        if until == UNTIL_ACCEPT:
+            if isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+                raise _Reached
+            until = None  # no text: the word is part of "unaccepted"
         if not isinstance(event, Print):
             return
         if PANIC_END in event.text:
@@ -225,3 +235,8 @@ class RealCode:
             self._progress(self.counter.count)
         if self._options.timeout is not None and self.counter.count >= self._options.timeout:
             raise self._machine.panic(f"stopped after {self.counter.count} instructions (--timeout)")
+
+
+def _tick_interval(timeout: int | None) -> int:
+    """Instructions from tick to tick: at most ``TICK_INSTRUCTIONS``, and such that one is at ``timeout``."""
+    return -(-timeout // -(-timeout // TICK_INSTRUCTIONS)) if timeout else TICK_INSTRUCTIONS

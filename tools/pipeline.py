@@ -26,6 +26,7 @@ from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
 from guest.records import RecordCopy
+from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PMD_SIZE, SZ_4G
 from kernel.kernel import Kernel
@@ -94,7 +95,8 @@ class Boot:
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
-        self.progress: Callable[[int], None] | None = None
+        self.progress: Callable[[int], None] = lambda count: None
+        """Called with the number of instructions every few million of them; what it raises ends the boot."""
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
@@ -122,6 +124,16 @@ class Boot:
         """Run the stages up to and with ``until``; all of them without it."""
         while self.next_stage is not None and until not in self.done:
             self.step()
+
+    def registers(self) -> Registers:
+        """The guest's registers as they are now, also while real code runs."""
+        if self.real_code is not None and self.real_code.running:
+            return self.real_code.vcpu.registers()
+        return self.machine.regs
+
+    def tick(self, count: int) -> None:
+        """Real code has run that many instructions."""
+        self.progress(count)
 
     def bitmap(self) -> bytes:
         """The unaccepted memory bitmap as it is now, up to the end of RAM; empty if there is none."""
@@ -183,7 +195,7 @@ def _real_code(boot: Boot) -> RealCode:
         config = boot.config
         ve = VeConfig(**dict.fromkeys(config.ve, True))
         options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
-        boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
+        boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
         boot.host.instructions = Instructions(boot.real_code.devices)
     return boot.real_code
 

@@ -60,6 +60,12 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
     return ram
 
 
+def bitmap(boot: Boot) -> bytes:
+    """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
+    found = _table(boot, RecordCopy(boot.boot_params, BOOT_PARAMS)) if boot.boot_params is not None else None
+    return boot.physical.read(found[0], found[1]) if found is not None else boot.bitmap()
+
+
 def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None

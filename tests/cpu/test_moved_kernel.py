@@ -10,10 +10,11 @@ from elftools.elf.elffile import ELFFile
 
 from bootstub.bzimage import parse_bzimage
 from bootstub.payload import decompress
+from guest.errors import GuestPanic
 from guest.trace import Print
 from guest.units import SZ_1G
-from tools.boot import _postmortem
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
+from tools.postmortem import postmortem
 
 KASLR = REAL_KERNEL_CMDLINE.removeprefix("nokaslr ")
 BASE = 0x100_0000
@@ -85,7 +86,7 @@ def test_the_moved_kernel_reaches_its_zones(debian_kernel: Path) -> None:
     boot = booted(debian_kernel, "kernel", "Zone ranges:", seed=1)
     printed = [record.event.text for record in boot.trace.records if isinstance(record.event, Print)]
     assert printed[-1].endswith("Zone ranges:")
-    lines = _postmortem(boot, None)
+    lines = postmortem(boot, GuestPanic("kernel", "stopped by this test"), None)
     trace = lines[lines.index("Call Trace:") + 1 :]
     assert any(line.startswith(" ? setup_arch+0x") for line in trace)
     assert any(line.startswith(" ? start_kernel+0x") for line in trace)
