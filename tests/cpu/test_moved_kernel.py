@@ -12,7 +12,7 @@ from bootstub.bzimage import parse_bzimage
 from bootstub.payload import decompress
 from guest.errors import GuestPanic
 from guest.trace import Print
-from guest.units import SZ_1G
+from guest.units import SZ_1G, SZ_2M, round_up
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
 from tools.postmortem import postmortem
 
@@ -98,4 +98,7 @@ def test_a_moved_kernel_in_our_stages(debian_kernel: Path) -> None:
     assert boot.done[-1] == "runtime"
     assert boot.kernel is not None
     output, _ = place_of(boot)
-    assert boot.kernel.image.start == output != BASE
+    size = round_up(parse_bzimage(debian_kernel.read_bytes()).init_size, SZ_2M)
+    assert output != BASE
+    assert boot.kernel.image == (output, output + size)
+    assert all(boot.kernel.memblock.is_reserved(at) for at in (output, output + size - 1))
