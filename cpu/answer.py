@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from bootstub.bzimage import parse_bzimage
 from bootstub.decompressor import place_segments
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from bootstub.payload import decompress
 from bootstub.vmlinux import load_segments
 from guest.memory import GuestMemory
