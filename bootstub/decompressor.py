@@ -12,11 +12,10 @@ from bootstub.kernel_layout import KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR, MIN_KE
 from bootstub.payload import decompress as decompress_payload
 from bootstub.payload import output_len
 from bootstub.unaccepted_memory import accept_memory
-from bootstub.vmlinux import Vmlinux, load_segments
+from bootstub.vmlinux import Vmlinux, load_segments, place_segments
 from guest.bitmap import GuestBitmap
 from guest.errors import FormatError
 from guest.machine import Machine
-from guest.memory import GuestMemory
 from guest.records import GuestRecord
 from guest.units import round_up
 from tdx.guest import PlatformAccept
@@ -94,13 +93,6 @@ def _check_segments(kernel: Vmlinux, needed: int) -> None:
             found = f"[{segment.p_paddr:#x}, {segment.p_paddr + segment.p_filesz:#x})"
             expected = f"a place inside the {needed:#x} bytes from {LOAD_PHYSICAL_ADDR:#x} on"
             raise FormatError("PT_LOAD", at=segment.p_offset, found=found, expected=expected, source=_SOURCE)
-
-
-def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
-    """Move each segment from its place in the file unpacked at ``output`` to its place in memory, in order."""
-    for segment in kernel.segments:
-        data = memory.read(output + segment.p_offset, segment.p_filesz)
-        memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)
 
 
 def _entry_offset(kernel: Vmlinux, needed: int) -> int:

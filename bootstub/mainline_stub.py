@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import TypeVar
 
 from bootstub.bzimage import parse_bzimage
-from bootstub.decompressor import place_segments
 from bootstub.efi_call import EfiError
 from bootstub.events import KernelPlaced
 from bootstub.kaslr import boot_seed, kaslr_get_random_long, random_slot
 from bootstub.kernel_layout import CONFIG_PHYSICAL_ALIGN, KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR, MIN_KERNEL_ALIGN
 from bootstub.payload import decompress
 from bootstub.random_seed import install_random_seed, random_bytes
+from bootstub.relocations import load_kernel
 from bootstub.setup_header import EFI_STUB_LOADER, LoadFlags
 from bootstub.stub import Stub
 from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
@@ -108,8 +108,7 @@ def _unpack_kernel(stub: Stub) -> int:
         stub.params["hdr.loadflags"] |= LoadFlags.KASLR_FLAG
         seed = _physical_seed(stub, physical_seed)
     output = _allocate(stub, round_up(max(len(vmlinux), total), MIN_KERNEL_ALIGN), seed)
-    stub.memory.write(output, vmlinux)
-    place_segments(stub.memory, kernel, output)
+    load_kernel(stub.memory, vmlinux, kernel, output, virtual)
     stub.machine.trace.add(KernelPlaced(output, virtual, len(kernel.segments)))
     return output + kernel.entry - LOAD_PHYSICAL_ADDR
 

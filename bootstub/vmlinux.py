@@ -16,7 +16,9 @@ from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.structs import ELFStructs
 
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from guest.errors import FormatError
+from guest.memory import GuestMemory
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_2M, round_up
 
 _PARSE_ELF = "arch/x86/boot/compressed/misc.c, parse_elf()"
@@ -79,6 +81,13 @@ def load_segments(data: bytes) -> Vmlinux:
         raise FormatError("e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF)
     ends += [segment.p_offset + segment.p_filesz for segment in segments]
     return Vmlinux(ehdr.e_entry, segments, max(ends))
+
+
+def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
+    """Move each segment from its place in the file unpacked at ``output`` to its place in memory, in order."""
+    for segment in kernel.segments:
+        data = memory.read(output + segment.p_offset, segment.p_filesz)
+        memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)
 
 
 def kernel_total_size(data: bytes, kernel: Vmlinux) -> int:

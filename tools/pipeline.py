@@ -54,7 +54,8 @@ class BootConfig:
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
+    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
+    is random in real code.
     """
 
     kernel: bytes
@@ -70,6 +71,7 @@ class BootConfig:
     until: str | None = None
     timeout: int | None = None
     ve: tuple[str, ...] = ()
+    seed: int = 0
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -89,7 +91,7 @@ class Boot:
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
-        self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.machine = Machine.build(self.physical, module, self.trace, self.clock, config.seed)
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] | None = None
@@ -130,7 +132,10 @@ class Boot:
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
     """The stages of a boot by name, in order."""
-    return STAGES if config.run is None else RUNS[config.run]
+    stages = STAGES if config.run is None else RUNS[config.run]
+    if config.protocol.unpacks_in_stub:
+        return {name: stage for name, stage in stages.items() if name != "decompress"}
+    return stages
 
 
 def _host(boot: Boot) -> None:
@@ -179,7 +184,8 @@ def _real_code(boot: Boot) -> RealCode:
         from tdx.instructions import Instructions
 
         config = boot.config
-        options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
+        ve = VeConfig(**dict.fromkeys(config.ve, True))
+        options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
         boot.host.instructions = Instructions(boot.real_code.devices)
     return boot.real_code

@@ -24,7 +24,7 @@ from tools.recorded_firmware import start_firmware
 from tools.recorded_td import RecordedTd
 from tools.unaccepted_table import read_table
 
-TIMEOUT_BLOCKS = 1 << 26
+TIMEOUT_INSTRUCTIONS = 1 << 28
 _ENTERED = "entered kernel"
 _SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
 SET_UP = (
@@ -148,7 +148,7 @@ class _RealRun(_Run):
 
     def __init__(self, case: dict[str, Any], image: bytes) -> None:
         super().__init__(case, image)
-        options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
+        options = RunOptions(skip=True, timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(self._machine, self._physical, image, options)
         self._code.vcpu.tsc = self._td.rdtsc
 
