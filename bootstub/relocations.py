@@ -13,8 +13,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bootstub.vmlinux import Vmlinux
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
+from bootstub.vmlinux import Vmlinux, place_segments
 from guest.errors import FormatError
+from guest.memory import GuestMemory
 from guest.units import SZ_1M
 
 START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
@@ -75,6 +77,21 @@ def relocate(image: bytearray, base: int, relocations: Relocations, delta: int) 
         for place in places:
             at = place - base
             pack(image, at, unpack(image, at)[0] + distance & mask)
+
+
+def load_kernel(memory: GuestMemory, vmlinux: bytes, kernel: Vmlinux, output: int, virtual: int) -> None:
+    """Put the file ``vmlinux`` to ``output``, its segments into place, and relocate them if the kernel moves.
+
+    ``virtual`` is where the kernel will be mapped, counted from the start of its mapping.
+    """
+    memory.write(output, vmlinux)
+    place_segments(memory, kernel, output)
+    if virtual == LOAD_PHYSICAL_ADDR:
+        return
+    end = max(segment.p_paddr + segment.p_filesz for segment in kernel.segments)  # bss follows
+    image = bytearray(memory.read(output, end - LOAD_PHYSICAL_ADDR))
+    relocate(image, LOAD_PHYSICAL_ADDR, read_relocations(vmlinux, kernel), virtual - LOAD_PHYSICAL_ADDR)
+    memory.write(output, bytes(image))
 
 
 def _places(words: Sequence[int], at: int) -> Sequence[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bootstub.bzimage import parse_bzimage
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
 from cpu.answer import entry_offset, find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
 from cpu.counter import InstructionCounter

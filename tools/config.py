@@ -143,14 +143,14 @@ OPTIONS = (
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
-    Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
+    Option("protocol", "NAME", "version of the boot code: v9 (default) or mainline", "protocol", _protocol),
     Option(
         "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default) or 4K",
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
-    Option("seed", "N", "seed of RDRAND and of the start of the TSC in real code (default 0)", "seed", _seed),
+    Option("seed", "N", "seed of RDRAND and of the start of the TSC (default 0)", "seed", _seed),
     Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
 )  # fmt: skip

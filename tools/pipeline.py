@@ -92,7 +92,7 @@ class Boot:
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
-        self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.machine = Machine.build(self.physical, module, self.trace, self.clock, config.seed)
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] = lambda count: None
@@ -144,7 +144,10 @@ class Boot:
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
     """The stages of a boot by name, in order."""
-    return STAGES if config.run is None else RUNS[config.run]
+    stages = STAGES if config.run is None else RUNS[config.run]
+    if config.protocol.unpacks_in_stub:
+        return {name: stage for name, stage in stages.items() if name != "decompress"}
+    return stages
 
 
 def _host(boot: Boot) -> None:

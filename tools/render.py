@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
+from bootstub.events import KernelPlaced
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
@@ -36,6 +37,8 @@ def event_text(event: Event) -> str:
             return f"TD exit, EPT violation at {gpa:#x} x{count}: host adds {_LEVELS[level]} pages"
         case PageAdd(start, end, what):
             return f"TDH.MEM.PAGE.ADD [{start:#x}, {end:#x}) {what}"
+        case KernelPlaced(physical, virtual, segments):
+            return f"kernel at {physical:#x}, {segments} segments, virtual offset {virtual:#x}"
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):
