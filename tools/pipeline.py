@@ -27,7 +27,7 @@ from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
 from guest.records import RecordCopy
 from guest.trace import StageBegin, StageEnd, Trace
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PMD_SIZE, SZ_4G
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
 
 GPAW = 52
+GPAW_ABOVE_2_PIB = 53
+"""For maps with RAM above 2^51, where a TD of 52 bits has its shared half: no TDX module has so many bits."""
 GPAW_REAL_CODE = 40
 """Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
 DEFAULT_CMDLINE = "nokaslr efi=debug"
@@ -84,7 +86,8 @@ class Boot:
         self.sept = SecureEpt()
         self.physical = PhysicalMemory()
         """The bytes without the gate: for looking on from outside, never for a stage."""
-        td, ram = TdConfig(GPAW if config.run is None else GPAW_REAL_CODE), _ram(config)
+        ram = _ram(config)
+        td = TdConfig(_gpaw(config, ram))
         self.host = Host(
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )
@@ -216,6 +219,12 @@ RUNS: dict[str, dict[str, Callable[[Boot], None]]] = {
 """The stages where real machine code takes the place of ours. The stub of a newer kernel unpacks it too."""
 KERNEL_STAGES = ("setup-arch", "mm-init", "runtime")
 """The stages whose output is the kernel's log."""
+
+
+def _gpaw(config: BootConfig, ram: RangeSet) -> int:
+    if config.run is not None:
+        return GPAW_REAL_CODE
+    return GPAW_ABOVE_2_PIB if ram.overlaps(1 << GPAW - 1, PHYSICAL_ADDRESS_END) else GPAW
 
 
 def _ram(config: BootConfig) -> RangeSet:
