@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from guest.errors import FormatError
-from guest.units import PAGE_SIZE, SZ_1G, memparse
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1G, SZ_2M, SZ_16M, memparse
 from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
+_MAX_RAM_BELOW_4G = range(SZ_16M, 0xE000_0000 + 1, SZ_2M)
 _MAX_TIMEOUT = 1 << 20
 _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
@@ -59,6 +60,20 @@ def parse_memory(text: str) -> int:
     return size
 
 
+def parse_machine(text: str) -> Any:
+    """A machine in QEMU's words: ``q35``, or ``pc,max-ram-below-4g=3G``."""
+    from tdx.vmm import MACHINE_NAMES, MachineType
+
+    name, comma, option = text.partition(",")
+    key, _, value = option.partition("=")
+    limit, rest = memparse(value)
+    given = key == "max-ram-below-4g" and not rest and limit in _MAX_RAM_BELOW_4G
+    if name not in MACHINE_NAMES or (comma and not given):
+        expected = f"{' or '.join(MACHINE_NAMES)}, and perhaps max-ram-below-4g=SIZE, 16M to 3584M in steps of 2M"
+        raise FormatError("--machine", found=repr(text[:60]), expected=expected, source="QEMU -machine")
+    return MachineType(name, limit if comma else None)
+
+
 def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text not in choices:
@@ -83,9 +98,19 @@ def _kernel(path: str) -> bytes:
 
 
 def _efi_map(path: str) -> Any:
-    from tools.efi_map import parse_efi_map
+    from tools.maps.source import boot_descriptors, read_map
 
-    return parse_efi_map(read_text(path), path)
+    return boot_descriptors(read_map(path))
+
+
+def parse_address(text: str, option: str) -> int:
+    """An address of whole pages below 2^52, such as ``4G`` or ``0x100000000``."""
+    address, rest = memparse(text)
+    if rest or not text or address % PAGE_SIZE or address >= PHYSICAL_ADDRESS_END:
+        raise FormatError(
+            option, found=repr(text[:40]), expected="an address of whole pages below 2^52", source=_SOURCE
+        )
+    return address
 
 
 def _cmdline(text: str) -> str:
@@ -128,8 +153,13 @@ def _script(path: str) -> Any:
 
 
 OPTIONS = (
-    Option("memory", "SIZE", "guest memory, split as q35 splits it (default 4G)", "memory", parse_memory),
-    Option("efi-map", "FILE", "memory map instead: dmesg with efi=debug lines, or JSON", "efi_map", _efi_map),
+    Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
+    Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
+    Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", _efi_map),
+    Option(
+        "unaccepted-from", "ADDRESS", "with --efi-map: conventional memory there and above is unaccepted",
+        "unaccepted_from", lambda text: parse_address(text, "--unaccepted-from"),
+    ),
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
@@ -160,9 +190,11 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
-    if "memory" in texts and "efi-map" in texts:
-        raise FormatError("--memory", found="with --efi-map", expected="one of the two", source=_SOURCE)
+    for name in ("memory", "machine"):
+        if name in texts and "efi-map" in texts:
+            raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
     fields = {option.field: option.read(texts[option.name]) for option in OPTIONS if option.name in texts}
+    _mark_unaccepted(fields)
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
@@ -171,6 +203,18 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
 
         fields["kernel"] = sample_bzimage()
     return BootConfig(**fields)
+
+
+def _mark_unaccepted(fields: dict[str, Any]) -> None:
+    """``--unaccepted-from`` changes the map that was brought along."""
+    start = fields.pop("unaccepted_from", None)
+    if start is None:
+        return
+    if "efi_map" not in fields:
+        raise FormatError("--unaccepted-from", found="no --efi-map", expected="a map to change", source=_SOURCE)
+    from tools.maps.platform_map import mark_unaccepted
+
+    fields["efi_map"] = mark_unaccepted(fields["efi_map"], start)
 
 
 def _check_run(fields: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from firmware.efi_types import EfiMemoryType
 from firmware.launch import launch_td, sections_for_map
 from firmware.load_image import FwCfg
 from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
+from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from firmware.tdvf import Tdvf
@@ -34,7 +35,7 @@ from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
 from tdx.module import TdConfig, TdxModule
 from tdx.sept import LEVEL_2M, SecureEpt
-from tdx.vmm import Host, q35_ram
+from tdx.vmm import Host, MachineType
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -53,7 +54,7 @@ REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 consol
 class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
-    ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
+    ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
@@ -61,6 +62,7 @@ class BootConfig:
 
     kernel: bytes
     memory: int = SZ_4G
+    machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
     efi_map: tuple[MemoryDescriptor, ...] | None = None
     initrd: bytes = b""
@@ -96,6 +98,8 @@ class Boot:
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] | None = None
+        self.firmware_map: MemoryMap | None = None
+        """The firmware's own record of its memory map, once it ran."""
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
@@ -148,7 +152,8 @@ def _host(boot: Boot) -> None:
 def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
-    firmware(boot.machine, FwCfg(config.kernel, config.initrd, config.cmdline), given_map)
+    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
+    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
 
 
 def _efi_stub(boot: Boot) -> None:
@@ -229,7 +234,7 @@ def _gpaw(config: BootConfig, ram: RangeSet) -> int:
 
 def _ram(config: BootConfig) -> RangeSet:
     if config.efi_map is None:
-        return q35_ram(config.memory)
+        return config.machine.ram(config.memory)
     return RangeSet((d.start, d.end) for d in config.efi_map if d.type in RAM_TYPES)
 
 
