@@ -73,10 +73,11 @@ def _entry(row: Any, where: str) -> BootE820Entry:
     if not isinstance(row, dict):
         raise FormatError(where, found=type(row).__name__, expected="an object", source=FORM)
     for key in _KEYS:
-        good = row.get(key) in _TYPES if key == "type" else number(row.get(key), 64) is not None
-        if not isinstance(row.get(key), str | int) or not good:
+        value = row.get(key)
+        known = isinstance(value, str) and value in _TYPES if key == "type" else number(value, 64) is not None
+        if not known:
             expected = "a type of memory" if key == "type" else "a number of 64 bits"
-            raise FormatError(f"{where}, {key}", found=repr(row.get(key))[:40], expected=expected, source=FORM)
+            raise FormatError(f"{where}, {key}", found=repr(value)[:40], expected=expected, source=FORM)
     start, last = number(row["start"], 64), number(row["end"], 64)
     assert start is not None and last is not None
     if last < start:

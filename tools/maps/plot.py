@@ -14,7 +14,7 @@ from tools.maps.kinds import Span, totals
 
 EXTRA = "unaccepted[plot]"
 _SUFFIXES = (".svg", ".png")
-_SIZE = (12, 2.6)
+_SIZE = (12, 3.2)
 _LABELS = 12
 _DPI = 150
 
@@ -39,19 +39,19 @@ def plot(cut: Sequence[Span], title: str, path: str) -> None:
             label = f"{kind.word}: {size_text(size)} in {count}"
             axes.broken_barh(bars, (0, 1), facecolors=kind.web, label=label)
         _finish(axes, cut, edges, title)
+        figure.legend(ncols=4, loc="outside lower center", fontsize="small", frameon=False)
         metadata = {"Date": None} if Path(path).suffix == ".svg" else {"Software": None}
         figure.savefig(path, dpi=_DPI, metadata=metadata)
         pyplot.close(figure)
 
 
 def _finish(axes: Any, cut: Sequence[Span], edges: Sequence[float], title: str) -> None:
-    """Addresses where the widest ranges begin, the legend, and what the scale is."""
+    """Addresses where the widest ranges begin, and what the scale is."""
     widest = sorted(range(len(cut)), key=lambda index: -cut[index].size)[:_LABELS]
     axes.set_xticks([edges[i] for i in widest], [f"{cut[i].start:#x}" for i in widest], rotation=30, ha="right")
     axes.set_xlim(0, edges[-1])
     axes.set_yticks([])
     axes.set_title(f"{title} (not to scale: widths grow with the logarithm of the size)", fontsize="medium")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45), fontsize="small", frameon=False)
 
 
 def _matplotlib() -> Any:

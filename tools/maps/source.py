@@ -89,6 +89,8 @@ def parse_text(text: str, name: str) -> PlatformMap:
     """The map of a text. Raises ``FormatError``."""
     if dmesg.is_dmesg(text):
         return dmesg.parse_dmesg(text, name)
+    if memmap_args.is_memmap_args(text):
+        return memmap_args.parse_memmap_args(text, name)
     if description.is_toml(text):
         return description.parse_toml(text, name)
     if text.lstrip()[:1] in ("[", "{"):
@@ -96,8 +98,6 @@ def parse_text(text: str, name: str) -> PlatformMap:
         if firmware_memmap.is_firmware_memmap(data):
             return firmware_memmap.from_rows(data, name)
         return description.from_data(data, name, description.JSON_FORM)
-    if memmap_args.is_memmap_args(text):
-        return memmap_args.parse_memmap_args(text, name)
     raise FormatError(
         name, found="no memory descriptor", expected="a kernel's log with `efi: mem` or `BIOS-e820` lines, JSON, TOML, "
         "memmap=exactmap, raw descriptors or boot_params", source=_FORMS,
