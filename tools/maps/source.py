@@ -7,6 +7,7 @@ input, and ``td:4G`` or ``td:4G,pc,max-ram-below-4g=3G`` for our own firmware's 
 
 from __future__ import annotations
 
+import re
 import sys
 import zlib
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ _FORMS = "sources of `unaccepted map --help`"
 _GZIP = b"\x1f\x8b"
 _GZIP_WINDOW = 31
 _TELLING_BYTES = 4096
+_STAMP = re.compile(r"\[ *[0-9]+\.[0-9]{6}\]")
+"""A log without a map begins like JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ def parse_text(text: str, name: str) -> PlatformMap:
         return memmap_args.parse_memmap_args(text, name)
     if description.is_toml(text):
         return description.parse_toml(text, name)
-    if text.lstrip()[:1] in ("[", "{"):
+    if text.lstrip()[:1] in ("[", "{") and not _STAMP.match(text):
         data = description.load_json(text, name)
         if firmware_memmap.is_firmware_memmap(data):
             return firmware_memmap.from_rows(data, name)
