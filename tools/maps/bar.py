@@ -63,6 +63,8 @@ def _ruler(shown: Sequence[Span]) -> str:
     line = ""
     for column, span in enumerate(shown):
         begins = column == 0 or shown[column - 1] is not span
-        if begins and (column == 0 or column >= len(line) + _LABEL_GAP):
-            line = f"{line:<{column}}{span.start:#x}"
+        label = f"{span.start:#x}"
+        fits = column + len(label) <= len(shown) and (column == 0 or column >= len(line) + _LABEL_GAP)
+        if begins and fits:
+            line = f"{line:<{column}}{label}"
     return line

@@ -86,6 +86,10 @@ REASONS = (
         lambda d: d.words == {NOTHING, "reserved"} and (d.start, d.size) in _MMCONFIG,
     ),
     Reason(
+        "grub-type-20", "GRUB hands on runtime code as e820 type 20; the kernel keeps away from what it does not know",
+        lambda d: d.words == {"reserved", "type 20"},
+    ),
+    Reason(
         "flash", "flash is in the map if the image was given as pflash, not with -bios",
         lambda d: d.words in ({NOTHING, "reserved"}, {NOTHING, "MMIO"}) and d.inside(SZ_4G - 4 * SZ_1M, SZ_4G),
     ),
