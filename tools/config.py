@@ -20,6 +20,7 @@ _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
 _MAX_RAM_BELOW_4G = range(SZ_16M, 0xE000_0000 + 1, SZ_2M)
 _MAX_TIMEOUT = 1 << 20
+_MAX_STRIDE = 4096
 _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
@@ -37,14 +38,23 @@ class Option:
     read: Callable[[str], Any]
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+def file_path(path: str) -> Path:
+    """The path, if it can be one."""
     if "\0" in path:
         raise FormatError(repr(path), found="a NUL character", expected="the name of a file", source=_SOURCE)
-    size = Path(path).stat().st_size
-    if size > _MAX_FILE:
-        raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
-    return Path(path).read_bytes()
+    return Path(path)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+    size = file_path(path).stat().st_size
+    if size <= _MAX_FILE:
+        with Path(path).open("rb") as file:  # a device has no size of its own
+            data = file.read(_MAX_FILE + 1)
+        if len(data) <= _MAX_FILE:
+            return data
+        size = len(data)
+    raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
 
 
 def read_text(path: str) -> str:
@@ -97,20 +107,26 @@ def _kernel(path: str) -> bytes:
     return data
 
 
-def _efi_map(path: str) -> Any:
-    from tools.maps.source import boot_descriptors, read_map
-
-    return boot_descriptors(read_map(path))
-
-
-def parse_address(text: str, option: str) -> int:
+def _address(text: str) -> int:
     """An address of whole pages below 2^52, such as ``4G`` or ``0x100000000``."""
     address, rest = memparse(text)
     if rest or not text or address % PAGE_SIZE or address >= PHYSICAL_ADDRESS_END:
-        raise FormatError(
-            option, found=repr(text[:40]), expected="an address of whole pages below 2^52", source=_SOURCE
-        )
+        expected = "an address of whole pages below 2^52"
+        raise FormatError("--unaccepted-from", found=repr(text[:40]), expected=expected, source=_SOURCE)
     return address
+
+
+def _boot_params(text: str) -> int | bytes:
+    """Where boot_params is: an address in guest memory, if the text reads as a number; else a file of its own."""
+    address, rest = memparse(text)
+    return read_file(text) if rest or not text else address
+
+
+def _stride(text: str) -> int:
+    stride, rest = memparse(text)
+    if rest or not text or stride > _MAX_STRIDE:
+        raise FormatError("--stride", found=repr(text[:40]), expected=f"40 to {_MAX_STRIDE}", source="UEFI 2.10, 7.2.3")
+    return stride
 
 
 def _cmdline(text: str) -> str:
@@ -152,14 +168,21 @@ def _script(path: str) -> Any:
     return tuple(parse_script(read_text(path), path))
 
 
+MAP_OPTIONS = (
+    Option(
+        "unaccepted-from", "ADDRESS", "of a map: conventional memory from there on is unaccepted",
+        "unaccepted_from", _address,
+    ),
+    Option("boot-params", "FILE|ADDRESS", "the map is in a file of guest memory", "boot_params", _boot_params),
+    Option("stride", "N", "the map is raw EFI descriptors, N bytes each", "stride", _stride),
+)  # fmt: skip
+"""What a source of a memory map may need: fields of ``tools.maps.source.SourceOptions``."""
+
 OPTIONS = (
     Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
     Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
-    Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", _efi_map),
-    Option(
-        "unaccepted-from", "ADDRESS", "with --efi-map: conventional memory there and above is unaccepted",
-        "unaccepted_from", lambda text: parse_address(text, "--unaccepted-from"),
-    ),
+    Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
+    *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
@@ -194,7 +217,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
     fields = {option.field: option.read(texts[option.name]) for option in OPTIONS if option.name in texts}
-    _mark_unaccepted(fields)
+    _read_map(fields)
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
@@ -205,16 +228,16 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     return BootConfig(**fields)
 
 
-def _mark_unaccepted(fields: dict[str, Any]) -> None:
-    """``--unaccepted-from`` changes the map that was brought along."""
-    start = fields.pop("unaccepted_from", None)
-    if start is None:
-        return
-    if "efi_map" not in fields:
-        raise FormatError("--unaccepted-from", found="no --efi-map", expected="a map to change", source=_SOURCE)
-    from tools.maps.platform_map import mark_unaccepted
+def _read_map(fields: dict[str, Any]) -> None:
+    """Put the map that was brought along in the place of its name."""
+    given = {option.field: fields.pop(option.field) for option in MAP_OPTIONS if option.field in fields}
+    if "efi_map" in fields:
+        from tools.maps.source import SourceOptions, boot_descriptors, read_map
 
-    fields["efi_map"] = mark_unaccepted(fields["efi_map"], start)
+        fields["efi_map"] = boot_descriptors(read_map(fields["efi_map"], SourceOptions(**given)))
+    elif given:
+        name = next(iter(given)).replace("_", "-")
+        raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)
 
 
 def _check_run(fields: dict[str, Any]) -> None:

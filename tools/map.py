@@ -8,17 +8,16 @@ import shutil
 import sys
 from typing import Any
 
-from guest.errors import FormatError
 from guest.units import size_text
 from tools.cli import script
-from tools.config import parse_address, read_file
+from tools.config import MAP_OPTIONS, read_file
 from tools.maps.bar import bar_lines
 from tools.maps.compare import Comparison, compare
 from tools.maps.kinds import spans, totals
 from tools.maps.notes import notes
 from tools.maps.platform_map import PlatformMap
 from tools.maps.source import SourceOptions, read_map
-from tools.maps.words import efi_attribute_text, efi_type_name, number
+from tools.maps.words import efi_attribute_text, efi_type_name
 from tools.maps.write import WRITERS, kernel_table, table_lines
 from tools.render import add_json_option, json_text, print_table
 
@@ -28,7 +27,6 @@ _EPILOG = (
     "td:4G or td:4G,pc,max-ram-below-4g=3G for the map that our firmware gives a TD of that size."
 )
 _MAX_BAR = 120
-_MAX_STRIDE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_option(form)
     form.add_argument("--to", choices=WRITERS, help="print the map in another form, and nothing else")
     form.add_argument("--plot", metavar="FILE", help="draw into an .svg or .png file (needs unaccepted[plot])")
-    parser.add_argument("--unaccepted-from", metavar="ADDRESS", help="conventional memory from there on is unaccepted")
-    parser.add_argument("--boot-params", metavar="FILE|ADDRESS", help="SOURCE is guest memory from address 0 on")
-    parser.add_argument("--stride", metavar="N", help="SOURCE is raw EFI descriptors, N bytes each")
+    for option in MAP_OPTIONS:
+        parser.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
     parser.add_argument("--firmware", metavar="IMAGE", help="image with TDX metadata, for td:")
     parser.set_defaults(usage_error=parser.error)
 
@@ -75,26 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> SourceOptions:
-    start = args.unaccepted_from
-    return SourceOptions(
-        boot_params=None if args.boot_params is None else _boot_params(args.boot_params),
-        stride=None if args.stride is None else _stride(args.stride),
-        unaccepted_from=None if start is None else parse_address(start, "--unaccepted-from"),
-        firmware=None if args.firmware is None else _firmware(args.firmware),
-    )
-
-
-def _boot_params(text: str) -> int | bytes:
-    """An address, if it reads as a number; else a file."""
-    address = number(text, 52)
-    return read_file(text) if address is None else address
-
-
-def _stride(text: str) -> int:
-    stride = number(text, 32)
-    if stride is None or stride > _MAX_STRIDE:
-        raise FormatError("--stride", found=repr(text[:40]), expected=f"40 to {_MAX_STRIDE}", source="UEFI 2.10, 7.2.3")
-    return stride
+    given = {option.field: (option.read, getattr(args, option.field)) for option in MAP_OPTIONS}
+    fields = {field: read(text) for field, (read, text) in given.items() if text is not None}
+    return SourceOptions(**fields, firmware=None if args.firmware is None else _firmware(args.firmware))
 
 
 def _firmware(path: str) -> Any:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bootstub.boot_params import BootE820Entry
+from bootstub.boot_params import BOOT_PARAMS, BootE820Entry
+from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor
+from guest.records import RecordCopy
 from tools.maps.bar import bar_lines, cells
 from tools.maps.compare import compare
 from tools.maps.kinds import CONVENTIONAL, HOLE, KINDS, Span, spans, totals
@@ -21,6 +23,7 @@ from tools.maps.platform_map import NodeRange, PlatformMap, e820_map, efi_map
 from tools.maps.reasons import REASONS
 from tools.maps.source import parse_bytes, read_map
 from tools.maps.write import WRITERS
+from tools.pipeline import Boot, BootConfig
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 MAPS = SAMPLES / "maps"
@@ -129,6 +132,10 @@ def test_options_that_a_source_needs(command, refused, file):
         (["map", "td:1G", "--plot", "map.pdf"], "--plot: found 'map.pdf', expected a name that ends in .svg or .png"),
         (["map", "none", "--boot-params", "0x1000"], "none: No such file or directory"),
         (["boot", "--unaccepted-from", "4G"], "--unaccepted-from: found no --efi-map"),
+        (["boot", "--boot-params", "4096"], "--boot-params: found no --efi-map"),
+        (["map", "a\0b"], "found a NUL character"),
+        (["map", "a\0b", "--boot-params", "0x1000"], "found a NUL character"),
+        (["map", "td:1G", "--boot-params", "none"], "none: No such file or directory"),
         (["boot", "--machine", "q35,accel=tcg"], "--machine: found 'q35,accel=tcg'"),
         (["boot", "--machine", "q35,"], "--machine: found 'q35,'"),
         (["boot", "--machine", "pc", "--efi-map", "td:1G"], "--machine: found with --efi-map"),
@@ -361,6 +368,21 @@ def test_boot_with_a_real_machine_and_unaccepted_memory(command):
     (line,) = [line for line in data["log"] if "efi: mem" in line and "Unaccepted" in line]
     assert "range=[0x0000000100000000-0x000000017fffffff] (2048MB)" in line
     assert data["verdict"][-1].startswith("bitmap and Secure EPT agree")
+
+
+def test_boot_with_what_a_guest_left_in_memory(command, tmp_path):
+    """A guest boots with the map that stands in another guest's memory, named by the address of boot_params."""
+    first = Boot(BootConfig(sample_bzimage()))
+    first.run("efi-stub")
+    rsi, params = first.machine.regs.rsi, RecordCopy(first.boot_params, BOOT_PARAMS)
+    at, size = params["efi_info.efi_memmap"], params["efi_info.efi_memmap_size"]
+    with (tmp_path / "memory").open("wb") as file:
+        for gpa, length in ((rsi, 4096), (at, size)):
+            file.seek(gpa)
+            file.write(first.physical.read(gpa, length))
+    answer = command("boot", "--efi-map", tmp_path / "memory", "--boot-params", f"{rsi:#x}")
+    assert (answer.status, answer.err) == (0, "")
+    assert "[Unaccepted  |   |  |  |  |  |  |  |  |  |  |   |  |  |  |  ] range=[0x0000000100000000-" in answer.out
 
 
 def test_boot_of_a_pc_machine(command):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, check_size, e820_table_of, parse_e820_table
@@ -19,6 +18,7 @@ from firmware.memory_descriptor import (
 from guest.errors import FormatError
 from guest.records import RecordCopy
 from guest.units import SZ_16M
+from tools.config import file_path
 from tools.maps.platform_map import PlatformMap, e820_map, efi_map
 
 BOOT_PARAMS_FORM = "boot_params"
@@ -75,7 +75,7 @@ def read_image(path: str, boot_params: int | bytes) -> PlatformMap:
 
     ``boot_params`` is the page, or its address in the image. Raises ``FormatError`` and ``OSError``.
     """
-    with Path(path).open("rb") as file:
+    with file_path(path).open("rb") as file:
         image = Image(file)
         page = image.read(boot_params, BOOT_PARAMS_SIZE) if isinstance(boot_params, int) else boot_params
         check_size(page)

@@ -18,7 +18,7 @@ from firmware.memory_descriptor import MemoryDescriptor, check_map
 from firmware.tdvf import Tdvf
 from guest.errors import FormatError
 from guest.units import SZ_64M
-from tools.config import read_file
+from tools.config import file_path, read_file
 from tools.maps import binary, description, dmesg, firmware_memmap, memmap_args
 from tools.maps.platform_map import PlatformMap, mark_unaccepted
 from tools.maps.td import PREFIX, td_map
@@ -67,7 +67,7 @@ def _read(source: str, options: SourceOptions) -> PlatformMap:
         return binary.read_image(source, options.boot_params)
     if source == "-":
         return parse_bytes(sys.stdin.buffer.read(SZ_64M + 1), "standard input", options.stride)
-    if "\0" not in source and Path(source).is_dir():
+    if file_path(source).is_dir():
         return firmware_memmap.read_tree(Path(source))
     return parse_bytes(read_file(source), source, options.stride)
 
