@@ -67,10 +67,10 @@ def _special(platform: PlatformMap) -> Iterator[str]:
 def _holes_in_units(platform: PlatformMap) -> Iterator[str]:
     """A unit of the bitmap with unaccepted memory in it and a hole: its bit cannot tell them apart."""
     known = RangeSet((d.start, d.end) for d in platform.descriptors)
-    for d in _of_type(platform, EfiMemoryType.EfiUnacceptedMemoryType):
-        for edge in {round_down(d.start, PMD_SIZE), round_down(d.end - 1, PMD_SIZE)}:
-            for gap in known.gaps(edge, edge + PMD_SIZE):
-                yield f"hole inside a 2 MiB unit of unaccepted memory: {gap}"
+    ranges = [(d.start, d.end - 1) for d in _of_type(platform, EfiMemoryType.EfiUnacceptedMemoryType)]
+    for unit in sorted({round_down(address, PMD_SIZE) for ends in ranges for address in ends}):
+        for gap in known.gaps(unit, unit + PMD_SIZE):
+            yield f"hole inside a 2 MiB unit of unaccepted memory: {gap}"
 
 
 def _end_of_ram(platform: PlatformMap) -> Iterator[str]:
