@@ -14,20 +14,12 @@ from bootstub.boot_params import (
     BootE820Entry,
     build_e820_table,
 )
-from bootstub.e820_types import (
-    E820_TYPE_ACPI,
-    E820_TYPE_NVS,
-    E820_TYPE_PMEM,
-    E820_TYPE_RAM,
-    E820_TYPE_RESERVED,
-    E820_TYPE_SOFT_RESERVED,
-    E820_TYPE_UNUSABLE,
-)
 from bootstub.efi_call import BootMemmap, EfiCalls, EfiError
+from bootstub.efi_e820 import continues, e820_type_of
 from bootstub.protocol import Protocol
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
 from bootstub.unaccepted_memory import Accept
-from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType, EfiStatus
+from firmware.efi_types import EfiMemoryType, EfiStatus
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from guest.machine import Machine
 from guest.records import GuestRecord, field_extents
@@ -35,34 +27,6 @@ from guest.records import GuestRecord, field_extents
 _ENTRY_SIZE = BOOT_E820_ENTRY.sizeof()
 _SETUP_DATA_SIZE = SETUP_DATA.sizeof()
 ALT_MEM_K = 32 * 1024
-
-_E820_TYPES = {
-    EfiMemoryType.EfiReservedMemoryType: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiLoaderCode: E820_TYPE_RAM,
-    EfiMemoryType.EfiLoaderData: E820_TYPE_RAM,
-    EfiMemoryType.EfiBootServicesCode: E820_TYPE_RAM,
-    EfiMemoryType.EfiBootServicesData: E820_TYPE_RAM,
-    EfiMemoryType.EfiRuntimeServicesCode: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiRuntimeServicesData: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiConventionalMemory: E820_TYPE_RAM,
-    EfiMemoryType.EfiUnusableMemory: E820_TYPE_UNUSABLE,
-    EfiMemoryType.EfiACPIReclaimMemory: E820_TYPE_ACPI,
-    EfiMemoryType.EfiACPIMemoryNVS: E820_TYPE_NVS,
-    EfiMemoryType.EfiMemoryMappedIO: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiMemoryMappedIOPortSpace: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiPalCode: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiPersistentMemory: E820_TYPE_PMEM,
-    EfiMemoryType.EfiUnacceptedMemoryType: E820_TYPE_RAM,
-}
-_SOFT_RESERVABLE = frozenset(
-    {
-        EfiMemoryType.EfiLoaderCode,
-        EfiMemoryType.EfiLoaderData,
-        EfiMemoryType.EfiBootServicesCode,
-        EfiMemoryType.EfiBootServicesData,
-        EfiMemoryType.EfiConventionalMemory,
-    }
-)
 
 
 class ExitBoot:
@@ -139,7 +103,7 @@ class ExitBoot:
         descriptors = unpack_map(data, stride, at=at)
         entries: list[BootE820Entry] = []
         for number, d in enumerate(descriptors):
-            kind = self._e820_type(d)
+            kind = e820_type_of(d, self._soft_reserve)
             if kind is None:
                 continue
             if d.type == EfiMemoryType.EfiUnacceptedMemoryType:
@@ -147,16 +111,10 @@ class ExitBoot:
             self._append(entries, d, kind, len(descriptors) - number)
         self._store(entries)
 
-    def _e820_type(self, d: MemoryDescriptor) -> int | None:
-        """The e820 type of a descriptor; None if the stub drops it."""
-        if self._soft_reserve and d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP and d.type in _SOFT_RESERVABLE:
-            return E820_TYPE_SOFT_RESERVED
-        return _E820_TYPES.get(d.type)  # type: ignore[call-overload, no-any-return]  # types > 15 occur
-
     def _append(self, entries: list[BootE820Entry], d: MemoryDescriptor, kind: int, left: int) -> None:
         """Add an entry, or let the previous one grow if it ends here and has the same type."""
         last = entries[-1] if entries else None
-        if last is not None and last.type == kind and last.addr + last.size == d.start:
+        if last is not None and continues(last, d, kind):
             entries[-1] = BootE820Entry(last.addr, last.size + d.end - d.start, kind)
             return
         if len(entries) == E820_MAX_ENTRIES_ZEROPAGE and self._e820ext_size < left * _ENTRY_SIZE + _SETUP_DATA_SIZE:

@@ -39,7 +39,8 @@ _VMCALL_MASK_FORBIDDEN = ~0xFFFF_FFFF | 1 << 0 | 1 << 1 | 1 << 4  # above 31; RA
 class TdConfig:
     """What the host fixed when it created the TD.
 
-    ``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit.
+    ``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit. No module has 53:
+    it is for memory above 2^51, where a TD of 52 bits has no private addresses.
     ``sept_ve_disable``: a touch of unaccepted memory exits to the host; if False, it raises #VE in the guest.
     ``flexible_pending_ve``: the guest may change that (KVM up to 6.16 does not let it).
     """
@@ -59,7 +60,7 @@ class TdConfig:
 
     @property
     def config_flags(self) -> int:
-        gpaw = CONFIG_FLAGS_GPAW if self.gpaw == 52 else 0
+        gpaw = CONFIG_FLAGS_GPAW if self.gpaw >= 52 else 0
         return gpaw | (CONFIG_FLAGS_FLEXIBLE_PENDING_VE if self.flexible_pending_ve else 0)
 
 
