@@ -9,23 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest.clock import CostTable, VirtualClock
-from guest.errors import MemoryFault
 from guest.memory import AccessKind, PhysicalMemory
 from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import PAGE_SIZE
+from tdx.access import Access
 from tdx.cpuid import host_cpuid, native_leaf, td_cpuid
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 from tdx.metadata import ATTRIBUTES_SEPT_VE_DISABLE, CONFIG_FLAGS_FLEXIBLE_PENDING_VE, CONFIG_FLAGS_GPAW, Metadata
-from tdx.sept import LEVEL_2M, LEVEL_SIZE, SecureEpt, SeptState
+from tdx.page_accept import PageAccept
+from tdx.sept import SecureEpt
 from tdx.status import (
     OPERAND_ID_RAX,
     OPERAND_ID_RCX,
     TDX_NO_VALID_VE_INFO,
     TDX_OPERAND_INVALID,
-    TDX_PAGE_ALREADY_ACCEPTED,
-    TDX_PAGE_SIZE_MISMATCH,
     TDX_SUCCESS,
 )
 from tdx.ve import VECTOR_DF, VECTOR_VE, VeInfo
@@ -73,8 +71,10 @@ class TdxModule:
         self._physical, self._sept, self._host = physical, sept, host
         self._trace, self._clock, self._costs = trace, clock, costs
         self._config = config
+        self.page_accept = PageAccept(physical, sept, host, trace, clock, costs, config.shared_mask)
         self._cpuid = td_cpuid(config.gpaw)
         self._metadata = Metadata(config.attributes, config.config_flags)
+        self._access = Access(sept, host, trace, config.gpaw, self._metadata)
         self._ve_info: VeInfo | None = None
         self._leaves: dict[int, Callable[[Registers], int]] = {
             Leaf.TDG_VP_VMCALL: self._vp_vmcall,
@@ -85,20 +85,8 @@ class TdxModule:
         }
 
     def admit(self, gpa: int, size: int, kind: AccessKind) -> tuple[int, int]:
-        """The mapped run around a private access. Anything that is not MAPPED is fatal to the guest."""
-        end, at = gpa + size, gpa
-        while True:
-            start, reached, entry = self._sept.run_at(at)
-            if entry.state is not SeptState.MAPPED:
-                break
-            if reached >= end:
-                return min(start, gpa), reached
-            at = reached
-        in_guest = entry.state is SeptState.PENDING and not self._metadata.pending_ve_disable
-        raise MemoryFault(
-            stage=self._trace.stage, gpa=at, start=gpa, size=size, kind=kind, state=self._state_text(at),
-            end="#VE" if in_guest else "EPT violation, TD exit",
-        )  # fmt: skip
+        """The run around an access that the guest may use so; what it may not is fatal to the guest, or #VE."""
+        return self._access.admit(gpa, size, kind)
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
         """The module's answer, or the host's where the module has none."""
@@ -121,7 +109,7 @@ class TdxModule:
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
         if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT:
-            self.tdcall_run(regs, 0, 1)
+            self.page_accept.tdcall_run(regs, 0, 1)
             return
         rcx, selector = regs.rcx, regs.rax
         self._clock.advance(self._costs.tdcall)
@@ -132,59 +120,7 @@ class TdxModule:
 
     def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
         """TDCALL up to ``count`` times with RCX growing by ``step``, while it succeeds; see ``Platform``."""
-        rcx, level = regs.rcx, regs.rcx & 7
-        if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
-            raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
-        done, status = self._mem_page_accept(rcx, count)
-        if status != TDX_SUCCESS:
-            self._count_accepts(rcx + done * step, status, 1)
-        regs.rax, regs.rcx = status, rcx + step * (done if status != TDX_SUCCESS else done - 1)
-        return done
-
-    def _mem_page_accept(self, rcx: int, count: int) -> tuple[int, int]:
-        """Accept up to ``count`` pages: how many succeeded, and the last status."""
-        gpa, level = rcx & ~0xFFF, rcx & 7
-        invalid = TDX_OPERAND_INVALID | OPERAND_ID_RCX
-        if rcx & 0xFF8 or level > LEVEL_2M or gpa % LEVEL_SIZE[level] or gpa >= self._config.shared_mask:
-            return 0, invalid
-        size = LEVEL_SIZE[level]
-        valid = min(count, (self._config.shared_mask - gpa) // size)
-        done, status = 0, TDX_SUCCESS
-        try:
-            while done < valid and status == TDX_SUCCESS:
-                accepted, status = self._accept_some(gpa + done * size, level, valid - done)
-                done += accepted
-        finally:  # what succeeded counts, even if the next page is fatal
-            if done:
-                self._count_accepts(rcx, TDX_SUCCESS, done)
-        return done, invalid if status == TDX_SUCCESS and done < count else status
-
-    def _count_accepts(self, rcx: int, status: int, count: int) -> None:
-        """Put ``count`` accepts with one status, the first of them of ``rcx``, into trace and time."""
-        pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE if status == TDX_SUCCESS else 0
-        self._trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, rcx, status, count))
-        self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)
-
-    def _accept_some(self, gpa: int, level: int, count: int) -> tuple[int, int]:
-        """Accept what is alike from ``gpa`` on. (0, TDX_SUCCESS) means: after a TD exit, look again."""
-        size = LEVEL_SIZE[level]
-        _, end, entry = self._sept.run_at(gpa)
-        alike = min(count, (end - gpa) // size)
-        if alike == 0:  # a 2 MiB entry that points to a table
-            return 0, TDX_PAGE_SIZE_MISMATCH | level
-        if entry.state is SeptState.FREE:
-            self._host.ept_violation(gpa, level, alike)
-            return 0, TDX_SUCCESS
-        if entry.level < level:
-            return 0, TDX_PAGE_SIZE_MISMATCH | level
-        if entry.state is SeptState.MAPPED:
-            return 0, TDX_PAGE_ALREADY_ACCEPTED | entry.level
-        if entry.level > level:
-            self._host.demote(gpa)
-            return 0, TDX_SUCCESS
-        self._sept.page_accept(gpa, gpa + alike * size, level)
-        self._physical.clear(gpa, gpa + alike * size)
-        return alike, TDX_SUCCESS
+        return self.page_accept.tdcall_run(regs, step, count)
 
     def _vp_info(self, regs: Registers) -> int:
         """TDG.VP.INFO."""
@@ -230,10 +166,3 @@ class TdxModule:
         for name in exposed:
             setattr(regs, name, getattr(seen, name))
         return TDX_SUCCESS
-
-    def _state_text(self, gpa: int) -> str:
-        """State of the page at ``gpa`` in words."""
-        entry = self._sept.run_at(gpa)[2]
-        if entry.state is SeptState.FREE and gpa not in self._host.ram:
-            return "no RAM"
-        return f"{entry.state.name} (not accepted)"

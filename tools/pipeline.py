@@ -81,15 +81,16 @@ class Boot:
         self.config = config
         self.clock = VirtualClock()
         self.trace = Trace(self.clock)
-        self.sept = SecureEpt()
         self.physical = PhysicalMemory()
         """The bytes without the gate: for looking on from outside, never for a stage."""
         td, ram = TdConfig(GPAW if config.run is None else GPAW_REAL_CODE), _ram(config)
+        self.sept = SecureEpt(td.gpaw)
         self.host = Host(
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.sept.on_revoke.append(lambda start, end: self.machine.memory.flush())
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] | None = None

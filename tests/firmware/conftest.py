@@ -52,7 +52,7 @@ class Lab:
         return [(e.rcx & ~0xFFF, e.rcx & 7, e.count) for e in found]
 
 
-def build_lab(ram: RangeSet | int, *, page_level: int = 1) -> Lab:
+def build_lab(ram: RangeSet | int, *, page_level: int = 1, running: bool = False) -> Lab:
     physical, sept, clock, costs = PhysicalMemory(), SecureEpt(), VirtualClock(), CostTable()
     trace = Trace(clock)
     trace.stage = "firmware"

@@ -19,7 +19,7 @@ from tdx.module import TdConfig, TdxModule
 from tdx.sept import SecureEpt
 from tdx.vmm import Host
 
-COSTS = CostTable(tdcall=1_000, tdvmcall=30_000, zero_4k=7, td_exit_aug=500_000)
+COSTS = CostTable(tdcall=1_000, tdvmcall=30_000, zero_4k=7, td_exit=500_000, seamcall=11_000_000)
 """Costs that can be told apart in a sum."""
 
 
