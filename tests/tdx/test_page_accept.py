@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from guest.errors import MemoryFault
 from guest.registers import Registers
-from tdx.events import TdCall, TdExit
+from tdx.events import SeamCall, TdCall, TdExit
 
 ACCEPT = 6
 OPERAND_INVALID_RCX = 0xC000_0100_0000_0001
@@ -122,7 +122,9 @@ def test_accept_decides_by_what_the_walk_finds(make_td, page_level, before, page
     expected = [(P + first * SZ_4K, P + last * SZ_4K, state, lvl) for first, last, state, lvl in after]
     assert td.states(P, P + SZ_2M) == expected
     pages = SIZE[level] // SZ_4K if status == 0 else 0
-    assert td.clock.ns == 1_000 + 500_000 * len(exits) + 7 * pages
+    seamcalls = td.seamcalls().total()
+    assert bool(seamcalls) is bool(exits)
+    assert td.clock.ns == 1_000 + 500_000 * len(exits) + 11_000_000 * seamcalls + 7 * pages
 
 
 @pytest.mark.parametrize("page_level", [0, 1])
@@ -189,8 +191,10 @@ def test_a_run_costs_one_event(td):
     """A run of equal calls is one event in the trace, with the number of calls that the guest makes."""
     regs = Registers(rax=ACCEPT, rcx=P | 1)
     assert td.module.tdcall_run(regs, SZ_2M, 6) == 6
-    assert td.trace.count == 2
     assert td.events(TdExit) == [TdExit(P, 1, 6)]
+    assert td.events(SeamCall) == [
+        *(SeamCall("TDH.MEM.SEPT.ADD", level, 0, 1) for level in (4, 3, 2)), SeamCall("TDH.MEM.PAGE.AUG", P | 1, 0, 6)
+    ]  # fmt: skip
     assert td.events(TdCall) == [TdCall("TDG.MEM.PAGE.ACCEPT", P | 1, 0, 6)]
     assert (regs.rax, regs.rcx) == (0, P + 5 * SZ_2M | 1)
 
@@ -245,7 +249,7 @@ def outcome(td, regs, step, count):
     except MemoryFault as fault:
         done = str(fault)
     marks = [td.physical.read(P + block * SZ_2M, 13) for block in range(BLOCKS)]
-    return done, regs.rax, td.states(0, 1 << 64), td.clock.ns, td.calls(), td.exits(), marks
+    return done, regs.rax, td.states(0, 1 << 64), td.clock.ns, td.calls(), td.exits(), td.seamcalls(), marks
 
 
 @settings(deadline=None)
