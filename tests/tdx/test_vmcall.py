@@ -144,8 +144,7 @@ def test_mmio_is_for_shared_addresses(td, gpa, status):
 
 def test_rbp_can_be_withheld(make_td):
     """With NO_RBP_MOD a mask with RBP is OPERAND_INVALID | RCX, and the host hears nothing."""
-    td = make_td()
-    object.__setattr__(td.module._td.config, "no_rbp_mod", True)
+    td = make_td(no_rbp_mod=True)
     regs = Registers(rax=0, rcx=1 << 5 | 0xFC00, rbp=7, r11=INFO)
     td.module.tdcall(regs)
     assert regs == Registers(rax=0xC000_0100_0000_0001, rcx=1 << 5 | 0xFC00, rbp=7, r11=INFO)
