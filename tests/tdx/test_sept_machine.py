@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
