@@ -65,15 +65,14 @@ def run(args: argparse.Namespace) -> int:
     except BootError as error:
         death = error
     elapsed = time.perf_counter() - start
+    measured = _measurements(boot, args.measure)
     if args.json:
-        print(json_text(_json(boot, death) | (measurements(boot) if args.measure else {}), args.json))
+        print(json_text(_json(boot, death) | measured, args.json))
     else:
         print()
         print_table(*summary_rows(summarize(boot.trace.records)))
-        for line in verdict_lines(boot):
+        for line in [*verdict_lines(boot), *map(" ".join, measured.items())]:
             print(line)
-        for name, digest in (measurements(boot) if args.measure else {}).items():
-            print(f"{name} {digest}")
     if death is not None and boot.real_code is not None:
         for line in _postmortem(boot, args.system_map):
             print(line, file=sys.stderr)
@@ -118,8 +117,10 @@ def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
     return report(boot.real_code.vcpu, boot.trace, symbols)
 
 
-def measurements(boot: Boot) -> dict[str, str]:
-    """The TD's measurement registers by name, in hexadecimal."""
+def _measurements(boot: Boot, wanted: bool) -> dict[str, str]:
+    """The TD's measurement registers by name, in hexadecimal, if they are wanted."""
+    if not wanted:
+        return {}
     measurement = boot.host.seam.measurement
     rtmrs = {f"RTMR{index}": digest.hex() for index, digest in enumerate(measurement.rtmr)}
     return {"MRTD": measurement.mrtd.hex()} | rtmrs
