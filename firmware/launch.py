@@ -23,7 +23,7 @@ _HOB_LIST_ROOM = SZ_64K
 
 
 def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers) -> list[Resource]:
-    """Build the TD: add the sections' pages and the HOB list, and leave all other RAM absent.
+    """Build the TD: add the sections' pages and the HOB list, and leave all other RAM to the host's policy.
 
     ``private`` are further ranges of RAM that are added, zeroed, as firmware of an earlier life would have left
     them (a memory map that was brought along). RCX and R8 get the address of the HOB list. Returns the resources.
@@ -48,10 +48,11 @@ def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers)
                     "TD HOB list", at=hob.address, found=f"{len(data)} bytes",
                     expected=f"at most {hob.memory_size}", source="QEMU hw/i386/tdvf-hob.c",
                 )  # fmt: skip
-        host.page_add(section.address, data, section.memory_size, section.type.name)
+        host.page_add(section.address, data, section.memory_size, section.type.name, section.is_measured)
     for start, end in private:
         for gap in host.sept.mapped(start, end).gaps(start, end):
             host.page_add(gap.start, b"", gap.size, "RAM")
+    host.finalize()
     return resources
 
 

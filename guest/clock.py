@@ -19,8 +19,10 @@ class CostTable:
     """TDG.VP.VMCALL, host and back. Published: CPUID by #VE and TDVMCALL, 3.85 us (TUM-DSE CVM_eval)."""
     zero_4k: int = 200
     """Zeroing of one accepted 4 KiB page. Estimate: 20 GB/s."""
-    td_exit_aug: int = 2_500
-    """TD exit, PAGE.AUG and re-entry. Published: 90 GiB in 60 s at 4 KiB (LKML, Shutemov, 25 Oct 2024)."""
+    td_exit: int = 1_850
+    """TD exit and re-entry. Published, with one SEAMCALL, 2.5 us: 90 GiB in 60 s at 4 KiB (LKML, Shutemov, 2024)."""
+    seamcall: int = 650
+    """SEAMCALL of the host while the TD can run. Estimate: as a TDCALL that stays in the TDX module."""
 
 
 @dataclass(slots=True)

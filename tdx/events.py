@@ -32,13 +32,34 @@ class TdVmCall(Event):
 
 @dataclass(frozen=True, slots=True)
 class TdExit(Event):
-    """``count`` TD exits by EPT violation, after each of which the host backed the page at ``gpa`` and on.
+    """``count`` TD exits by EPT violation at ``gpa`` and the pages behind it; what the host did about it follows.
 
-    ``level`` is the size of the pages that the host added: 0 = 4 KiB, 1 = 2 MiB.
+    ``level`` is the size of the pages that the host deals in: 0 = 4 KiB, 1 = 2 MiB.
     """
 
     gpa: int
     level: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptInterrupted(Event):
+    """An interrupt came while the 2 MiB page at ``gpa`` was accepted; ``progress`` of its 4 KiB pieces are zero."""
+
+    gpa: int
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class SeamCall(Event):
+    """``count`` calls of one SEAMCALL leaf by the host, with the same status.
+
+    ``rcx`` is the first call's operand; it grows by the page size from call to call.
+    """
+
+    leaf: str
+    rcx: int
+    status: int
     count: int
 
 

@@ -10,24 +10,30 @@ from dataclasses import dataclass, field
 from guest.clock import CostTable, VirtualClock
 from guest.errors import GuestPanic, MemoryFault
 from guest.memory import PhysicalMemory
-from guest.ranges import RangeSet
+from guest.ranges import Range, RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import PAGE_SIZE, PMD_SIZE, SZ_4G
+from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, SZ_4G, round_down, round_up
+from tdx.backing import Backing
 from tdx.events import PageAdd, TdExit, TdVmCall
 from tdx.instructions import Instructions, last_words
-from tdx.leaves import SubFunction, VmCallStatus
-from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt
+from tdx.seamcall import SeamCalls, SeamLeaf
+from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt, SeptState
+from tdx.status import TDX_SUCCESS, status_name
+from tdx.td_exit import EptViolation
+from tdx.vmcall import VmCallPolicy, answer, sub_function_name
 
-_NAMES = {int(function): function.spec_name for function in SubFunction}
+_VCPU = 0
+"""The one processor that runs the TD."""
 
 
 @dataclass(slots=True)
 class Host:
-    """A host with ``ram`` (guest physical ranges that it backs) and a Secure EPT to put pages into.
+    """A host with ``ram`` (guest physical ranges that it backs); it changes Secure EPT by SEAMCALLs alone.
 
-    ``page_level`` is the largest page that it backs private memory with: 0 = 4 KiB (KVM up to 6.16),
-    1 = 2 MiB. Memory is backed on demand, when an access or an accept exits to the host.
+    ``backing`` says with which pages and when; a number is the level of its pages. ``demote`` and ``unblock`` say
+    whether it answers an exit by splitting a large page and by giving back what it blocked: if not, the guest faults
+    again. ``suppress_ve``: shared memory that is not mapped exits to the host; if not, it raises #VE in the guest.
     """
 
     physical: PhysicalMemory
@@ -36,41 +42,143 @@ class Host:
     clock: VirtualClock
     costs: CostTable
     ram: RangeSet
-    page_level: int = LEVEL_2M
+    backing: Backing | int = LEVEL_2M
     shared_mask: int = 1 << 51
     shared: RangeSet = field(default_factory=RangeSet)
+    """What the guest made shared (MapGPA), by addresses without the shared bit."""
     instructions: Instructions = field(default_factory=Instructions)
     """Its devices are the host's; without any, ports read as all ones."""
+    vmcalls: VmCallPolicy = field(default_factory=VmCallPolicy)
+    demote: bool = True
+    unblock: bool = True
+    suppress_ve: bool = False
+    seam: SeamCalls = field(init=False)
+    shared_mapped: RangeSet = field(default_factory=RangeSet)
+    """What of ``shared`` the host has in its shared EPT."""
 
-    def page_add(self, gpa: int, data: bytes, size: int, what: str) -> None:
-        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD)."""
-        self.sept.page_add(gpa, gpa + size)
+    def __post_init__(self) -> None:
+        self.seam = SeamCalls(self.physical, self.sept, self.trace, self.clock, self.costs, self.shared_mask)
+        if isinstance(self.backing, int):
+            self.backing = Backing(self.backing)
+
+    def page_add(self, gpa: int, data: bytes, size: int, what: str, extend: bool = False) -> None:
+        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD).
+
+        ``extend``: the contents too are measured into MRTD (TDH.MR.EXTEND).
+        """
+        self._add_tables(gpa, gpa + size, LEVEL_4K)
+        done, status, _ = self.seam.run(SeamLeaf.TDH_MEM_PAGE_ADD, gpa, size // PAGE_SIZE)
+        if status != TDX_SUCCESS:
+            raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
         self.physical.write(gpa, data)
+        self.seam.measure(gpa, gpa + size, data if extend else None)
         self.trace.add(PageAdd(gpa, gpa + size, what))
 
-    def ept_violation(self, gpa: int, level: int, count: int) -> None:
-        """Handle the exits of an accept of ``count`` pages of ``level`` from ``gpa`` on, all FREE.
+    def finalize(self) -> None:
+        """The TD is built (TDH.MR.FINALIZE): back its RAM if that is to be done ahead, and let it run."""
+        self.seam.mr_finalize()
+        if self._backing.ahead:
+            for part in self.ram:
+                for start, end, entry in list(self.sept.runs(part.start, part.end)):
+                    if entry.state is SeptState.FREE:
+                        self._back_ahead(start, end)
+        self.seam.tracking.enter(_VCPU)
 
-        Backs them all if the host has such pages and the memory; else backs the one page that faulted with
-        4 KiB. An address that is no RAM ends the guest.
+    def ept_violation(self, exit: EptViolation, count: int = 1) -> None:
+        """Answer a TD exit, and those of the ``count - 1`` pages behind it that an accept is to have, all FREE.
+
+        If nothing changes, the guest's instruction faults again. An address that is no RAM ends the guest.
         """
-        size = LEVEL_SIZE[level]
-        backed = self._ram_pages(gpa, size, count) if level <= self.page_level else 0
+        self.seam.tracking.leave(_VCPU)
+        if exit.entry.state is SeptState.FREE:
+            self._back(exit, count)
+        elif exit.entry.state is SeptState.PENDING:
+            self._demote(exit)
+        else:
+            self._unblock(exit)
+        self.seam.tracking.enter(_VCPU)
+
+    def map_shared(self, start: int, end: int) -> Range | None:
+        """The run around ``[start, end)`` that shared EPT maps; what is shared there is mapped after TD exits.
+
+        None if some of it is not shared.
+        """
+        span = round_down(start, PMD_SIZE), round_up(end, PMD_SIZE)
+        run = next((part for part in self.shared.within(*span) if part.start <= start and end <= part.end), None)
+        if run is not None and not self.shared_mapped.covers(*run):
+            for gap in list(self.shared_mapped.gaps(*run)):
+                blocks = DIV_ROUND_UP(gap.end, PMD_SIZE) - gap.start // PMD_SIZE
+                self._exits(gap.start | self.shared_mask, LEVEL_2M, blocks)
+            self.shared_mapped.add(*run)
+        return run
+
+    @property
+    def _backing(self) -> Backing:
+        assert isinstance(self.backing, Backing)
+        return self.backing
+
+    def _back(self, exit: EptViolation, count: int) -> None:
+        """Add the pages that an accept asked for, if the host has such pages and the memory; else one small page."""
+        gpa, level, size = round_down(exit.gpa, PAGE_SIZE), exit.level, LEVEL_SIZE[exit.level]
+        host_level, end = self._backing.level_at(gpa)
+        backed = 0
+        if level <= host_level:
+            backed = self._ram_pages(gpa, size, min(count, (end - gpa) // size) if level else count)
         if backed == 0:
             if gpa not in self.ram:
                 raise MemoryFault(
-                    stage=self.trace.stage, gpa=gpa, start=gpa, size=size, kind="accept",
+                    stage=self.trace.stage, gpa=gpa, start=gpa, size=size, kind=exit.kind,
                     state="no RAM", end="EPT violation, TD exit; the host has nothing to map",
                 )  # fmt: skip
             level, size, backed = LEVEL_4K, PAGE_SIZE, 1
-        self.sept.page_aug(gpa, gpa + backed * size, level)
+        backed = max(1, self.sept.unlocked(gpa, level, backed))
         self._exits(gpa, level, backed)
+        self._add_tables(gpa, gpa + backed * size, level)
+        self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, gpa | level, backed)
 
-    def demote(self, gpa: int) -> None:
-        """Handle the exit of a 4 KiB accept inside a 2 MiB page: split the page."""
-        start = gpa - gpa % PMD_SIZE
-        self.sept.page_demote(start, start + PMD_SIZE)
-        self._exits(start, LEVEL_4K, 1)
+    def _back_ahead(self, start: int, end: int) -> None:
+        """Back ``[start, end)``, all FREE, with pages as large as they may be."""
+        while start < end:
+            level, stop = self._backing.level_at(start)
+            stop = min(stop, end)
+            if level and (start % PMD_SIZE or stop - start < PMD_SIZE):
+                level, stop = LEVEL_4K, min(stop, round_up(start + 1, PMD_SIZE))
+            stop = round_down(stop, LEVEL_SIZE[level])
+            self._add_tables(start, stop, level)
+            self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, start | level, (stop - start) // LEVEL_SIZE[level])
+            start = stop
+
+    def _add_tables(self, start: int, end: int, level: int) -> None:
+        """Add the tables that pages of ``level`` in ``[start, end)`` need and that are not there."""
+        for upper in range(self.sept.top, level, -1):
+            size = LEVEL_SIZE[upper]
+            span = round_down(start, size), round_up(end, size)
+            for low, high, table in list(self.sept.tables(upper, *span)):
+                if table.state is SeptState.FREE:
+                    self.seam.run(SeamLeaf.TDH_MEM_SEPT_ADD, low | upper, (high - low) // size)
+
+    def _demote(self, exit: EptViolation) -> None:
+        """A 4 KiB accept in a 2 MiB page: split the page, if that is the policy."""
+        level = exit.entry.level
+        start = round_down(exit.gpa, LEVEL_SIZE[level])
+        self._exits(start, level - 1, 1)
+        if self.demote:
+            self.seam.run(SeamLeaf.TDH_MEM_RANGE_BLOCK, start | level)
+            self.seam.mem_track()
+            self.seam.run(SeamLeaf.TDH_MEM_PAGE_DEMOTE, start | level)
+
+    def _unblock(self, exit: EptViolation) -> None:
+        """A touch of what the host blocked: give it back, if that is the policy."""
+        state, level = exit.entry.state, exit.entry.level
+        start = round_down(exit.gpa, LEVEL_SIZE[level])
+        self._exits(start, level, 1)
+        if not self.unblock:
+            return
+        if state is SeptState.BLOCKEDW:
+            self.seam.run(SeamLeaf.TDH_MEM_RANGE_BLOCK, start | level)
+        if state is SeptState.BLOCKEDW or not self.seam.tracking.is_tracked(exit.entry.epoch):
+            self.seam.mem_track()
+        self.seam.run(SeamLeaf.TDH_MEM_RANGE_UNBLOCK, start | level)
 
     def tdvmcall(self, regs: Registers) -> None:
         """Answer TDG.VP.VMCALL. ``regs`` has only what the guest exposed; R10 and R11 are the answer.
@@ -78,42 +186,13 @@ class Host:
         A call that ends the guest raises ``GuestPanic`` with what the guest said.
         """
         r12, r13, standard = regs.r12, regs.r13, regs.r10 == 0
-        name = _NAMES[regs.r11] if standard and regs.r11 in _NAMES else f"{regs.r11:#x}"
+        name = sub_function_name(regs)
         end = last_words(regs) if standard else None
-        if standard:
-            regs.r10 = self._answer(regs)
-        else:
-            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
+        regs.r10 = answer(self, regs)
         self.clock.advance(self.costs.tdvmcall)
         self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
         if end is not None:
             raise GuestPanic(self.trace.stage, end)
-
-    def _answer(self, regs: Registers) -> VmCallStatus:
-        """Answer a standard sub-function in ``regs``, and return its status."""
-        if regs.r11 == SubFunction.MapGPA:
-            status, regs.r11 = self._map_gpa(regs.r12, regs.r13)
-            return status
-        if regs.r11 == SubFunction.GetTdVmCallInfo:
-            regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
-            return VmCallStatus.SUCCESS
-        if regs.r11 == SubFunction.ReportFatalError:
-            return VmCallStatus.SUCCESS
-        status_of_instruction = self.instructions.answer(regs)
-        return VmCallStatus.SUBFUNC_UNSUPPORTED if status_of_instruction is None else status_of_instruction
-
-    def _map_gpa(self, gpa: int, size: int) -> tuple[VmCallStatus, int]:
-        """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
-        start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
-        if size == 0 or end > self.shared_mask:
-            return VmCallStatus.INVALID_OPERAND, gpa
-        if gpa % PAGE_SIZE or size % PAGE_SIZE:
-            return VmCallStatus.ALIGN_ERROR, gpa
-        if gpa & self.shared_mask:
-            self.shared.add(start, end)
-        else:
-            self.shared.remove(start, end)
-        return VmCallStatus.SUCCESS, 0
 
     def _ram_pages(self, gpa: int, size: int, count: int) -> int:
         """How many of the ``count`` pages from ``gpa`` on lie wholly in RAM, without a gap."""
@@ -121,7 +200,7 @@ class Host:
         return run.size // size if run is not None and run.start == gpa else 0
 
     def _exits(self, gpa: int, level: int, count: int) -> None:
-        self.clock.advance(count * self.costs.td_exit_aug)
+        self.clock.advance(count * self.costs.td_exit)
         self.trace.add(TdExit(gpa, level, count))
 
 

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw accepted memory over virtual time: .svg or .png")
     add_symbols_option(parser)
+    parser.add_argument("--measure", action="store_true", help="print the TD's measurements: MRTD and RTMR0 to RTMR3")
     parser.add_argument("--timing", action="store_true", help="print how long the boot took on this machine")
 
 
@@ -61,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
     except (BootError, KeyboardInterrupt) as error:
         end = error
     elapsed = time.perf_counter() - start
+    measured = _measurements(boot, args.measure)
     if args.json:
-        print(json_text(_json(boot, end), args.json))
+        print(json_text(_json(boot, end) | measured, args.json))
     else:
         _print_tables(boot)
+        for name, value in measured.items():
+            print(name, value)
     if isinstance(end, BootError):
         for line in postmortem(boot, end, args.system_map):
             print(line, file=sys.stderr)
@@ -110,6 +114,15 @@ def _print_tables(boot: Boot) -> None:
         print()
     for line in verdict_lines(boot):
         print(line)
+
+
+def _measurements(boot: Boot, wanted: bool) -> dict[str, str]:
+    """The TD's measurement registers by name, in hexadecimal, if they are wanted."""
+    if not wanted:
+        return {}
+    measurement = boot.host.seam.measurement
+    rtmrs = {f"RTMR{index}": digest.hex() for index, digest in enumerate(measurement.rtmr)}
+    return {"MRTD": measurement.mrtd.hex()} | rtmrs
 
 
 def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, Any]:

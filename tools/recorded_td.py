@@ -88,6 +88,7 @@ class RecordedTd:
         self.host = Host(self.physical, self.sept, self.trace, clock, CostTable(), ram, level)
         self.add_memory(ram, self._unaccepted)
         self.add_memory((start, end) for start, end in already_accepted)
+        self.host.finalize()
         self.module = RecordedModule(self.physical, self.sept, self.host, tdx_max_level, tdx)
         self.machine = Machine.build(self.physical, self.module, self.trace, clock)
         self._tsc = tsc0

@@ -52,12 +52,14 @@ class Lab:
         return [(e.rcx & ~0xFFF, e.rcx & 7, e.count) for e in found]
 
 
-def build_lab(ram: RangeSet | int, *, page_level: int = 1) -> Lab:
+def build_lab(ram: RangeSet | int, *, page_level: int = 1, running: bool = False) -> Lab:
     physical, sept, clock, costs = PhysicalMemory(), SecureEpt(), VirtualClock(), CostTable()
     trace = Trace(clock)
     trace.stage = "firmware"
     ram = q35_ram(ram) if isinstance(ram, int) else ram
     host = Host(physical, sept, trace, clock, costs, ram, page_level)
+    if running:
+        host.finalize()
     module = TdxModule(physical, sept, host, trace, clock, costs, TdConfig())
     return Lab(Machine.build(physical, module, trace, clock), host)
 
@@ -185,7 +187,7 @@ def write_pe(sections: list[tuple[int, int, int, bytes]], **fields: int) -> byte
 
 @pytest.fixture(scope="session")
 def make_lab() -> Callable[..., Lab]:
-    """A function that makes a TD with ``ram`` (a RangeSet, or bytes of a q35 machine), nothing of it backed."""
+    """A function that makes a TD with ``ram`` (a RangeSet, or bytes of a q35 machine), running or still to be built."""
     return build_lab
 
 

@@ -35,7 +35,7 @@ UNACCEPTED, SYSTEM, MMIO, RESERVED = 7, 0, 1, 5
 )
 def test_pages_are_chosen_as_ovmf_does(make_lab, start, end, accepts):
     """4 KiB up to a border, 2 MiB only if strictly more than 2 MiB are left there, 4 KiB for the tail."""
-    lab = make_lab(RAM)
+    lab = make_lab(RAM, running=True)
     accept_range(lab.machine, start, end)
     assert lab.accepts() == accepts
     assert lab.prints() == [f"MpAccept : {start:#x} - {end:#x} ({end - start:#x})"]
@@ -59,7 +59,7 @@ around = st.builds(lambda block, page: block * SZ_2M + page * SZ_4K, st.integers
 @given(st.tuples(around, around).map(sorted))
 def test_every_page_is_accepted_once_with_its_size(make_lab, span):
     """Whatever its ends, a range is accepted completely, and by the rule."""
-    lab = make_lab(RAM)
+    lab = make_lab(RAM, running=True)
     accept_range(lab.machine, *span)
     found = {gpa + n * (SZ_2M if level else SZ_4K): level for gpa, level, count in lab.accepts() for n in range(count)}
     assert found == pages_slowly(*span)
@@ -68,7 +68,7 @@ def test_every_page_is_accepted_once_with_its_size(make_lab, span):
 
 def test_a_host_with_small_pages_gets_small_accepts(make_lab):
     """A 2 MiB page that the host cannot back is accepted in 4 KiB pages, and the next one is tried again."""
-    lab = make_lab(RAM, page_level=0)
+    lab = make_lab(RAM, page_level=0, running=True)
     accept_range(lab.machine, P, P + 3 * SZ_2M)
     assert list(lab.host.sept.mapped()) == [(P, P + 3 * SZ_2M)]
     assert lab.accepts() == [(P + n * SZ_2M, 0, 512) for n in range(3)]
@@ -78,6 +78,7 @@ def test_a_page_that_is_refused_stops_the_firmware(make_lab):
     """Memory that is accepted already is not what the HOB list says, and the firmware gives up."""
     lab = make_lab(RAM)
     lab.host.page_add(P + SZ_4K, b"", SZ_4K, "somebody else's")
+    lab.host.finalize()
     with pytest.raises(GuestPanic) as died:
         accept_range(lab.machine, P, P + 4 * SZ_4K)
     assert died.value.text == f"Accept memory failed: {P:#x} - {P + 4 * SZ_4K:#x}"
@@ -86,7 +87,7 @@ def test_a_page_that_is_refused_stops_the_firmware(make_lab):
 
 def test_only_unaccepted_memory_below_4g_is_accepted(make_lab):
     """System memory, MMIO and reserved ranges are left alone; what lies above 4 GiB stays unaccepted."""
-    lab = make_lab(RangeSet([(0, P), (SZ_4G, SZ_4G + P)]))
+    lab = make_lab(RangeSet([(0, P), (SZ_4G, SZ_4G + P)]), running=True)
     left = accept_below_4g(
         lab.machine,
         [
@@ -107,7 +108,7 @@ def test_only_unaccepted_memory_below_4g_is_accepted(make_lab):
 def test_a_range_over_4g_is_clamped(make_lab, below, above):
     """The part below 4 GiB is accepted, the part above stays unaccepted."""
     start, end = SZ_4G - below, SZ_4G + above
-    lab = make_lab(RangeSet([(start, end)]))
+    lab = make_lab(RangeSet([(start, end)]), running=True)
     left = accept_below_4g(lab.machine, [Resource(UNACCEPTED, start, end)])
     assert left == ([Resource(UNACCEPTED, SZ_4G, end)] if above else [])
     assert list(lab.host.sept.mapped()) == ([(start, SZ_4G)] if below else [])

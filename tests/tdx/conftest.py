@@ -14,12 +14,13 @@ from guest.memory import AccessKind, PhysicalMemory
 from guest.ranges import RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
-from tdx.events import TdCall, TdExit
+from tdx.backing import Backing
+from tdx.events import SeamCall, TdCall, TdExit
 from tdx.module import TdConfig, TdxModule
 from tdx.sept import SecureEpt
 from tdx.vmm import Host
 
-COSTS = CostTable(tdcall=1_000, tdvmcall=30_000, zero_4k=7, td_exit_aug=500_000)
+COSTS = CostTable(tdcall=1_000, tdvmcall=30_000, zero_4k=7, td_exit=500_000, seamcall=11_000_000)
 """Costs that can be told apart in a sum."""
 
 
@@ -71,6 +72,13 @@ class Td:
             out[event.leaf, event.status] += event.count
         return out
 
+    def seamcalls(self) -> Counter[tuple[str, int]]:
+        """Number of SEAMCALLs by leaf and status."""
+        out: Counter[tuple[str, int]] = Counter()
+        for event in self.events(SeamCall):
+            out[event.leaf, event.status] += event.count
+        return out
+
     def exits(self) -> Counter[int]:
         """Number of TD exits by the level of what the host added."""
         out: Counter[int] = Counter()
@@ -84,22 +92,30 @@ class Td:
 
 
 def build_td(
-    ram: tuple[tuple[int, int], ...] = ((0, 1 << 24),), *, page_level: int = 1, single_step: bool = False,
-    gpaw: int = 52, sept_ve_disable: bool = True, vcpus: int = 1,
+    ram: tuple[tuple[int, int], ...] = ((0, 1 << 24),), *, page_level: int | Backing = 1, single_step: bool = False,
+    gpaw: int = 52, sept_ve_disable: bool = True, vcpus: int = 1, running: bool = True,
+    no_rbp_mod: bool = False,
 ) -> Td:  # fmt: skip
-    physical, sept, clock = PhysicalMemory(), SecureEpt(), VirtualClock()
+    config = TdConfig(gpaw, sept_ve_disable, vcpus, no_rbp_mod=no_rbp_mod)
+    physical, sept, clock = PhysicalMemory(), SecureEpt(gpaw), VirtualClock()
     trace = Trace(clock)
     trace.stage = "test"
-    config = TdConfig(gpaw, sept_ve_disable, vcpus)
     host = Host(physical, sept, trace, clock, COSTS, RangeSet(ram), page_level, config.shared_mask)
     module = TdxModule(physical, sept, host, trace, clock, COSTS, config)
     platform = SingleStep(module) if single_step else module
-    return Td(physical, sept, host, trace, clock, module, Machine.build(physical, platform, trace, clock))
+    machine = Machine.build(physical, platform, trace, clock)
+    sept.on_revoke.append(lambda start, end: machine.memory.flush())
+    td = Td(physical, sept, host, trace, clock, module, machine)
+    if running:
+        host.finalize()
+        trace.records.clear()
+        clock.ns = 0
+    return td
 
 
 @pytest.fixture(scope="session")
 def make_td() -> Callable[..., Td]:
-    """A function that makes a TD with ``ram``, by default 16 MiB from 0 on, nothing of which is backed yet."""
+    """A function that makes a TD with ``ram``, by default 16 MiB from 0 on, nothing of which is backed yet; it runs."""
     return build_td
 
 

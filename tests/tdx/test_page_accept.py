@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from guest.errors import MemoryFault
 from guest.registers import Registers
-from tdx.events import TdCall, TdExit
+from guest.units import round_down
+from tdx.backing import Backing
+from tdx.events import SeamCall, TdCall, TdExit
+from tdx.seamcall import SeamLeaf
 
 ACCEPT = 6
 OPERAND_INVALID_RCX = 0xC000_0100_0000_0001
@@ -122,7 +125,9 @@ def test_accept_decides_by_what_the_walk_finds(make_td, page_level, before, page
     expected = [(P + first * SZ_4K, P + last * SZ_4K, state, lvl) for first, last, state, lvl in after]
     assert td.states(P, P + SZ_2M) == expected
     pages = SIZE[level] // SZ_4K if status == 0 else 0
-    assert td.clock.ns == 1_000 + 500_000 * len(exits) + 7 * pages
+    seamcalls = td.seamcalls().total()
+    assert bool(seamcalls) is bool(exits)
+    assert td.clock.ns == 1_000 + 500_000 * len(exits) + 11_000_000 * seamcalls + 7 * pages
 
 
 @pytest.mark.parametrize("page_level", [0, 1])
@@ -189,8 +194,10 @@ def test_a_run_costs_one_event(td):
     """A run of equal calls is one event in the trace, with the number of calls that the guest makes."""
     regs = Registers(rax=ACCEPT, rcx=P | 1)
     assert td.module.tdcall_run(regs, SZ_2M, 6) == 6
-    assert td.trace.count == 2
     assert td.events(TdExit) == [TdExit(P, 1, 6)]
+    assert td.events(SeamCall) == [
+        *(SeamCall("TDH.MEM.SEPT.ADD", level, 0, 1) for level in (4, 3, 2)), SeamCall("TDH.MEM.PAGE.AUG", P | 1, 0, 6)
+    ]  # fmt: skip
     assert td.events(TdCall) == [TdCall("TDG.MEM.PAGE.ACCEPT", P | 1, 0, 6)]
     assert (regs.rax, regs.rcx) == (0, P + 5 * SZ_2M | 1)
 
@@ -205,6 +212,7 @@ def test_a_run_that_ends_at_the_shared_bit_is_refused_there(make_td):
 
 
 BLOCKS = 4
+HOSTS = [(0, 0), (1, 0), (1, 2), (1, 3)]
 COUNTS = [255, 511, 512, 513, 700, 1024]
 pages_in_block = st.sampled_from([0, 1, 2, 200, 256, 510, 511, 512])
 spans_in_block = st.tuples(pages_in_block, pages_in_block).map(sorted)
@@ -216,7 +224,10 @@ scenes = st.fixed_dictionaries(
         "ram": st.lists(st.tuples(st.integers(0, BLOCKS - 1), spans_in_block), max_size=2),
         "whole": st.sets(st.integers(0, BLOCKS - 1), min_size=2),
         "steps": st.lists(steps, max_size=5),
-        "page_level": st.integers(0, 1),
+        "backing": st.sampled_from([Backing(level, every, ahead) for level, every in HOSTS for ahead in (False, True)]),
+        "locks": st.lists(st.tuples(st.integers(0, BLOCKS - 1), pages_in_block, st.integers(0, 1)), max_size=2),
+        "blocks": st.lists(st.tuples(st.integers(0, BLOCKS - 1), pages_in_block, st.integers(0, 2)), max_size=3),
+        "policy": st.tuples(st.booleans(), st.booleans()),
     }
 )
 
@@ -226,13 +237,20 @@ def build_scene(make_td, scene, *, single_step):
     ram = [(block * 512 + first, block * 512 + last) for block, (first, last) in scene["ram"]]
     ram += [(block * 512, (block + 1) * 512) for block in scene["whole"]]
     ram = tuple((P + first * SZ_4K, P + last * SZ_4K) for first, last in ram)
-    td = make_td(ram, page_level=scene["page_level"], single_step=single_step)
+    td = make_td(ram, page_level=scene["backing"], single_step=single_step)
+    td.host.demote, td.host.unblock = scene["policy"]
     for block, what, pages in scene["steps"]:
         name, _, large = what.partition(" ")
         first, last = (0, 512) if large else pages
         start, end = P + (block * 512 + first) * SZ_4K, P + (block * 512 + last) * SZ_4K
         if {state for _, _, state, _ in td.states(start, end)} == {"FREE"} and td.host.ram.covers(start, end):
             prepare(td, (name, block * 512 + first, block * 512 + last, 1 if large else 0))
+    for block, page, level in scene["blocks"]:
+        td.host.seam.run(
+            SeamLeaf.TDH_MEM_RANGE_BLOCK, round_down(P + block * SZ_2M + page * SZ_4K, SIZE[level]) | level
+        )
+    for block, page, level in scene["locks"]:
+        td.sept.lock(P + block * SZ_2M + page * SZ_4K, level)
     for block in range(BLOCKS):
         td.physical.write(P + block * SZ_2M, b"from the host")
     return td
@@ -245,7 +263,7 @@ def outcome(td, regs, step, count):
     except MemoryFault as fault:
         done = str(fault)
     marks = [td.physical.read(P + block * SZ_2M, 13) for block in range(BLOCKS)]
-    return done, regs.rax, td.states(0, 1 << 64), td.clock.ns, td.calls(), td.exits(), marks
+    return done, regs.rax, td.states(0, 1 << 64), td.clock.ns, td.calls(), td.exits(), td.seamcalls(), marks
 
 
 @settings(deadline=None)

@@ -6,7 +6,9 @@ import pytest
 
 from guest.errors import MemoryFault
 from guest.registers import Registers
-from tdx.events import PageAdd, TdExit, TdVmCall
+from tdx.events import PageAdd, SeamCall, TdExit, TdVmCall
+from tdx.sept import SeptEntry, SeptState
+from tdx.td_exit import EptViolation
 from tdx.vmm import MachineType, q35_ram
 
 SHARED = 1 << 51
@@ -79,7 +81,7 @@ def test_get_td_vm_call_info_answers_zero(td):
     assert (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15) == (0, 0, 0, 0, 0, 7)
 
 
-@pytest.mark.parametrize("sub_function", [0, 11, 0x10002, 0x10004, ALL_ONES])
+@pytest.mark.parametrize("sub_function", [0, 11, 65, 0x10005, ALL_ONES])
 def test_an_unknown_sub_function_is_unsupported(td, sub_function):
     """The host says so in R10."""
     assert vmcall(td, r11=sub_function).r10 == SUBFUNC_UNSUPPORTED
@@ -88,14 +90,17 @@ def test_an_unknown_sub_function_is_unsupported(td, sub_function):
 
 
 def test_a_vendor_call_is_refused(td):
-    """R10 other than 0 is no call of the GHCI."""
-    regs = vmcall(td, r10=1, r11=0x10001, r12=0x1000, r13=SZ_4K)
-    assert (regs.r10, regs.r11) == (INVALID_OPERAND, 0)
+    """R10 other than 0 is a hypercall of KVM and none of the GHCI: unknown ones give -KVM_ENOSYS, no other change."""
+    regs = vmcall(td, r10=2, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert regs == Registers(rcx=0xFC00, r10=ALL_ONES - 999, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert vmcall(td, r10=1, r11=5).r10 == 0
     assert list(td.host.shared) == []
+    assert [event.sub_function for event in td.events(TdVmCall)] == ["vendor 0x2", "vendor 0x1"]
 
 
-def test_page_add_gives_contents_and_zeros(td):
+def test_page_add_gives_contents_and_zeros(make_td):
     """While the TD is built the host adds pages that are mapped at once, with data first and zeros behind it."""
+    td = make_td(running=False)
     td.host.page_add(0x4000, b"data", 2 * SZ_4K, "TD_HOB")
     assert td.machine.memory.read(0x4000, 2 * SZ_4K) == b"data".ljust(2 * SZ_4K, b"\0")
     assert td.states(0x3000, 0x7000) == [
@@ -104,7 +109,7 @@ def test_page_add_gives_contents_and_zeros(td):
         (0x6000, 0x7000, "FREE", 0),
     ]
     assert td.events(PageAdd) == [PageAdd(0x4000, 0x6000, "TD_HOB")]
-    with pytest.raises(ValueError, match="found MAPPED, expected FREE"):
+    with pytest.raises(ValueError, match=r"TDH\.MEM\.PAGE\.ADD at 0x5000: TDX_EPT_ENTRY_STATE_INCORRECT"):
         td.host.page_add(0x5000, b"again", SZ_4K, "twice")
     assert td.machine.memory.read(0x5000, 5) == bytes(5)
 
@@ -122,30 +127,36 @@ def test_page_add_gives_contents_and_zeros(td):
 def test_the_host_backs_what_it_can(make_td, page_level, level, count, backed):
     """It adds pages of the wanted size as far as RAM reaches, or one small page if it has no large ones."""
     td = make_td(ram=((SZ_2M, 5 * SZ_2M + SZ_4K),), page_level=page_level)
-    td.host.ept_violation(SZ_2M, level, count)
+    td.host.ept_violation(EptViolation(SZ_2M, "accept", SeptEntry(SeptState.FREE, td.sept.top), level), count)
     size, at_level, pages = backed
     assert td.states(SZ_2M, SZ_2M + size) == [(SZ_2M, SZ_2M + size, "PENDING", at_level)]
     assert td.sept.run_at(SZ_2M + size)[2].state.name == "FREE"
     assert td.events(TdExit) == [TdExit(SZ_2M, at_level, pages)]
-    assert td.clock.ns == 500_000 * pages
+    assert td.seamcalls()["TDH.MEM.PAGE.AUG", 0] == pages
+    assert td.clock.ns == 500_000 * pages + 11_000_000 * td.seamcalls().total()
 
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_the_host_has_nothing_where_no_ram_is(td, level):
     """An address outside RAM ends the guest, and the host adds no page."""
     with pytest.raises(MemoryFault, match="no RAM"):
-        td.host.ept_violation(1 << 24, level, 1)
+        td.host.ept_violation(EptViolation(1 << 24, "accept", SeptEntry(SeptState.FREE, td.sept.top), level))
     assert td.events(TdExit) == []
 
 
 def test_demote_splits_the_page_that_was_hit(td):
     """A pending 2 MiB page becomes pending 4 KiB pages, and its neighbours stay whole."""
     td.sept.page_aug(0, 3 * SZ_2M, 1)
-    td.host.demote(SZ_2M + 7 * SZ_4K)
+    td.host.ept_violation(EptViolation(SZ_2M + 7 * SZ_4K, "accept", SeptEntry(SeptState.PENDING, 1), 0))
     assert td.states(0, 3 * SZ_2M) == [
         (0, SZ_2M, "PENDING", 1),
         (SZ_2M, 2 * SZ_2M, "PENDING", 0),
         (2 * SZ_2M, 3 * SZ_2M, "PENDING", 1),
+    ]
+    assert [(event.leaf, event.rcx) for event in td.events(SeamCall)] == [
+        ("TDH.MEM.RANGE.BLOCK", SZ_2M | 1),
+        ("TDH.MEM.TRACK", 0),
+        ("TDH.MEM.PAGE.DEMOTE", SZ_2M | 1),
     ]
 
 
