@@ -29,6 +29,7 @@ from tdx.status import (
 from tdx.ve import VECTOR_DF, VECTOR_VE, VeInfo
 from tdx.vmm import Host
 
+_ACCEPT = int(Leaf.TDG_MEM_PAGE_ACCEPT)
 _VMCALL_REGISTERS = {2: "rdx", 3: "rbx", 5: "rbp", 6: "rsi", 7: "rdi"} | {n: f"r{n}" for n in range(8, 16)}
 _VMCALL_MASK_FORBIDDEN = ~0xFFFF_FFFF | 1 << 0 | 1 << 1 | 1 << 4  # above 31; RAX, RCX, RSP
 
@@ -108,8 +109,9 @@ class TdxModule:
 
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
-        if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT:
-            self.tdcall_run(regs, 0, 1)
+        if regs.rax == _ACCEPT:
+            if not self.page_accept.tdcall(regs):
+                self.tdcall_run(regs, 0, 1)
             return
         rcx, selector = regs.rcx, regs.rax
         self._clock.advance(self._costs.tdcall)

@@ -38,6 +38,8 @@ from tdx.sept import (
     LEVEL_4K,
     LEVEL_256T,
     LEVEL_SIZE,
+    MAPPED_AT,
+    PENDING_AT,
     TABLE_STATES,
     SecureEpt,
     SeptEntry,
@@ -293,7 +295,7 @@ class SeamCalls:
         (self._sept.put_tables if entry.state in TABLE_STATES else self._sept.put_leaves)(start, end, entry)
 
     def _page_add(self, start: int, end: int, entry: SeptEntry) -> int:
-        self._sept.put_leaves(start, end, SeptEntry(_S.MAPPED, LEVEL_4K))
+        self._sept.put_leaves(start, end, MAPPED_AT[LEVEL_4K])
         return TDX_SUCCESS
 
     def _sept_add(self, start: int, end: int, entry: SeptEntry) -> int:
@@ -301,7 +303,7 @@ class SeamCalls:
         return TDX_SUCCESS
 
     def _page_aug(self, start: int, end: int, entry: SeptEntry) -> int:
-        self._sept.put_leaves(start, end, SeptEntry(_S.PENDING, entry.level))
+        self._sept.put_leaves(start, end, PENDING_AT[entry.level])
         return TDX_SUCCESS
 
     def _range_block(self, start: int, end: int, entry: SeptEntry) -> int:

@@ -186,6 +186,7 @@ def _real_code(boot: Boot) -> RealCode:
         options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
         boot.host.instructions = Instructions(boot.real_code.devices)
+        boot.sept.on_revoke.append(boot.real_code.vcpu.forget)
     return boot.real_code
 
 
