@@ -65,6 +65,10 @@ class Record:
     event: Event
 
 
+def _itself(event: Event) -> Event:
+    return event
+
+
 class Trace:
     """The list that everything appends to.
 
@@ -75,7 +79,7 @@ class Trace:
         self._clock = clock
         self.stage = "none"
         self._records: list[Record] = []
-        self._later: list[tuple[str, int, type[Event], tuple[Any, ...]]] = []
+        self._later: list[tuple[str, int, Callable[..., Event], tuple[Any, ...]]] = []
         self.watchers: list[Callable[[Record], None]] = []
 
     @property
@@ -93,7 +97,10 @@ class Trace:
 
     def add(self, event: Event) -> None:
         """Append ``event`` under the current stage and time."""
-        records = self.records if self._later else self._records
+        if not self.watchers:
+            self._later.append((self.stage, self._clock.ns, _itself, (event,)))
+            return
+        records = self.records
         record = Record(len(records), self.stage, self._clock.ns, event)
         records.append(record)
         for watcher in self.watchers:

@@ -176,5 +176,5 @@ class PageAccept:
         if status == TDX_SUCCESS:
             pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE - self._zero_already
             self._zero_already = 0
-        self._trace.add(TdCall(_NAME, rcx, status, count))
+        self._trace.add_later(TdCall, _NAME, rcx, status, count)
         self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)

@@ -243,7 +243,7 @@ class SeamCalls:
         return status
 
     def _count(self, leaf: str, rcx: int, status: int, count: int) -> None:
-        self._trace.add(SeamCall(leaf, rcx, status, count))
+        self._trace.add_later(SeamCall, leaf, rcx, status, count)
         if self.runnable:
             self._clock.advance(count * self._costs.seamcall)
 

@@ -142,6 +142,11 @@ class SecureEpt:
         """The host lets go of the entry."""
         self._locks.discard((level, round_down(gpa, LEVEL_SIZE[level])))
 
+    @property
+    def has_locks(self) -> bool:
+        """Whether any entry is locked."""
+        return bool(self._locks)
+
     def unlocked(self, gpa: int, level: int, count: int) -> int:
         """How many of the ``count`` entries of ``level`` from ``gpa`` on come before one that is locked."""
         if self._locks:
