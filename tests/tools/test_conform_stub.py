@@ -29,11 +29,11 @@ def case(family: str, wanted: int) -> dict[str, Any]:
 
 @pytest.fixture
 def conform(command, file, exact_debian_kernel):
-    """``conform(family, cases)``: the report of the command on those cases."""
+    """``conform(family, cases, *options)``: the report of the command on those cases."""
 
-    def run(family, chosen):
+    def run(family, chosen, *options):
         path = file(f"{family}.jsonl", "\n".join(map(json.dumps, chosen)))
-        answer = command("conform", path, "--kernel", exact_debian_kernel, "--json", "short")
+        answer = command("conform", path, "--kernel", exact_debian_kernel, "--json", "short", *options)
         assert answer.err == ""
         (report,) = json.loads(answer.out)["files"]
         assert answer.status == (1 if report["differ"] else 0)
@@ -42,13 +42,14 @@ def conform(command, file, exact_debian_kernel):
     return run
 
 
-def test_stubs_of_every_profile_agree(conform):
+@pytest.mark.parametrize("options", [(), ("--ours",)], ids=["the image's code", "our stage"])
+def test_stubs_of_every_profile_agree(conform, options):
     """Three runs of each of the 13 kinds of set-up agree in all that is compared, or are left out with the reason."""
     profiles: dict[str, list[dict[str, Any]]] = {}
     for each in cases("stub"):
         profiles.setdefault(each["profile"], []).append(each)
     chosen = [each for group in profiles.values() for each in random.Random(2304).sample(group, 3)]
-    report = conform("stub", chosen)
+    report = conform("stub", chosen, *options)
     assert (len(profiles), report["cases"], report["differing"]) == (13, 39, [])
     assert set(report["reasons"]) <= {NO_RAM}
     assert report["agree"] >= 38
