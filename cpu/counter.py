@@ -11,7 +11,8 @@ import mmap
 import platform
 from collections.abc import Callable
 
-from cpu.binding import Engine, EngineError
+from cpu.binding import Engine
+from cpu.build import EngineError
 
 # void block(uc in RDI, address in RSI, size in EDX, user_data in RCX):
 #   add qword [rcx], 1; mov rax, [rcx]; cmp rax, [rcx+8]; jae slow; ret; slow: jmp [rcx+16]
