@@ -64,7 +64,7 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
-    found = _table(boot, params)
+    found = _table(boot)
     if found is None and not params["unaccepted_memory"]:
         return None
     at, size, unit, base = found or (params["unaccepted_memory"], len(boot.bitmap()), PMD_SIZE, 0)
@@ -83,13 +83,11 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     return unaccepted
 
 
-def _table(boot: Boot, params: RecordCopy) -> tuple[int, int, int, int] | None:
+def _table(boot: Boot) -> tuple[int, int, int, int] | None:
     """Mainline's table: address and bytes of the bitmap, unit size, address of the first unit."""
-    at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
-    if not at:
+    if boot.system_table is None:
         return None
-    read = boot.physical.read
-    system_table = RecordCopy(read(at, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
+    read, system_table = boot.physical.read, RecordCopy(boot.system_table, EFI_SYSTEM_TABLE)
     count = min(system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
     size = EFI_CONFIGURATION_TABLE.sizeof()
     data = read(system_table["ConfigurationTable"], count * size)
