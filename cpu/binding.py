@@ -1,4 +1,5 @@
-"""Unicorn, and the cures for what its binding cannot do. What depends on its build is here and in ``cpu.build``.
+"""Unicorn, and the cures for what its binding cannot do. What depends on its build is here, in ``cpu.build`` and in
+``cpu.rdrand``.
 
 Unicorn 2.1.4 delivers no exception through the IDT, keeps a stale ``old_exception`` that turns the second page
 fault into a double fault, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cpu.build import KNOWN_VERSION, EngineError, find_register, import_unicorn
+from cpu.rdrand import RandomNumbers, first_number
 
 # struct CPUX86State of unicorn 2.1.4, x86-64 Linux: offsets in bytes
 _REGS, _RIP, _RFLAGS, _HFLAGS, _SEGMENTS = 0, 128, 136, 176, 184
@@ -26,6 +28,7 @@ _NO_EXCEPTION = -1
 _CPL_MASK = 3
 _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
+_RDRAND = b"\x48\x0f\xc7\xf0"  # rdrand rax
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
 
 # What the exception hook gets for an intercepted instruction: EXCP_VMEXIT + exit code of SVM
@@ -134,14 +137,15 @@ class CpuState:
 
 
 class Engine:
-    """An x86-64 Unicorn engine with its CPU state laid open."""
+    """An x86-64 Unicorn engine with its CPU state laid open. ``seed`` decides what RDRAND and RDSEED give."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.unicorn = import_unicorn()
         self.const = self.unicorn.x86_const
         self.uc = self.unicorn.Uc(self.unicorn.UC_ARCH_X86, self.unicorn.UC_MODE_64)
         self.uc.ctl_set_cpu_model(self.const.UC_CPU_X86_SKYLAKE_SERVER)  # pages of 1 GiB, SMEP, SMAP
         self.state = CpuState(find_register(self.uc, self.const.UC_X86_REG_R15) - _REGS - 15 * 8)
+        self._random = RandomNumbers(seed)
         self._callbacks: list[object] = []
 
     def run(self, rip: int) -> None:
@@ -150,7 +154,8 @@ class Engine:
         self.uc.ctl_set_exits([])
         self.state.forget_exception()
         try:
-            self.uc.emu_start(rip, 0)
+            with self._random:
+                self.uc.emu_start(rip, 0)
         except self.unicorn.UcError as error:
             if self.uc._hook_exception is not None:
                 raise self.uc._hook_exception from None
@@ -205,7 +210,7 @@ class Engine:
 
 
 def self_test() -> None:
-    """Run a page fault and an intercepted CPUID through a small engine: is the state laid out as this file says?
+    """Run a page fault, RDRAND and an intercepted CPUID through a small engine: is its build as these files say?
 
     Raises ``EngineError`` with the version that is known.
     """
@@ -227,14 +232,19 @@ def self_test() -> None:
     engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
     engine.run(0)
     layout = seen == [(14, 14, _UNMAPPED)] and engine.state.rip == 0
-    engine.uc.mem_write(_TEST_CPUID, b"\x0f\xa2")
+    engine.uc.mem_write(_TEST_CPUID - len(_RDRAND), _RDRAND + b"\x0f\xa2")
     engine.state.intercept(0, [SVM_EXIT_CPUID])
-    engine.run(_TEST_CPUID)
+    engine.run(_TEST_CPUID - len(_RDRAND))
     layout &= seen[1:] == [(EXCP_VMEXIT + SVM_EXIT_CPUID, _NO_EXCEPTION, _UNMAPPED)] and engine.state.rip == _TEST_CPUID
     if not layout or engine.state.dr[6:] != [_DR6_INIT, _DR7_INIT]:
         raise EngineError(
             f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
             f"(a page fault and a CPUID look like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
+        )
+    if engine.state.regs[RAX] != first_number(0):
+        raise EngineError(
+            f"unicorn {engine.unicorn.__version__}: RDRAND does not draw its numbers as in {KNOWN_VERSION}; "
+            f"pip install 'unicorn=={KNOWN_VERSION}'"
         )
 
 

@@ -59,8 +59,12 @@ def _writable_memory() -> RangeSet:
     """Where this process may read and write. Mappings that touch are one range: the heap of a process that was
     forked off is two of them, and what is allocated lies across their border at times.
     """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError as error:
+        raise EngineError(f"running machine code needs Linux: {error}") from error
     writable = RangeSet()
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in lines:
         where, permissions = line.split()[:2]
         if permissions == "rw-p":
             start, end = (int(address, 16) for address in where.split("-"))

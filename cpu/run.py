@@ -45,7 +45,8 @@ class RunOptions:
     ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
     is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
     kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
-    blocks. ``ve``: what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
+    blocks. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises #VE; then the host needs the
+    ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
@@ -53,6 +54,7 @@ class RunOptions:
     timeout: int | None = None
     ve: VeConfig = NO_VE
     skip: bool = False
+    seed: int = 0
 
 
 class RealCode:
@@ -68,7 +70,7 @@ class RealCode:
         self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
         self.devices = Devices(machine.print)
-        self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
+        self.vcpu = Vcpu(machine, physical, self.devices, options.ve, options.seed)
         self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
@@ -154,15 +156,12 @@ class RealCode:
             self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
-        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
-
-        A kernel that is to move in virtual memory needs its relocations applied, which only the real code does.
-        """
+        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address."""
         regs = self.vcpu.state.regs
         output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
-        if answer and (self._options.skip or virtual == LOAD_PHYSICAL_ADDR):
+        if answer:
             memory, image = self._machine.memory, self._image
-            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output)
+            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output, virtual)
             self._expect_entry(output + offset)
             self.vcpu.return_from_function(offset)
             return
