@@ -23,7 +23,7 @@ from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.trace import Print, Record, ServiceCall
-from guest.units import PAGE_SHIFT, round_up
+from guest.units import PAGE_SHIFT, PMD_SIZE, round_up
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 
@@ -74,6 +74,7 @@ class RealCode:
         self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
+        self._boot_params: int | None = None
         self._entry: int | None = None
 
     def stub(self) -> None:
@@ -96,7 +97,8 @@ class RealCode:
         if self._options.skip:
             self._run_to_unpacking(self._moved(startup_32))
         else:
-            self._run_to_the_door(self._moved(startup_32), answer=False)
+            self._boot_params = self._machine.regs.rsi
+            self._run_to_the_door(self._moved(startup_32), answer=not self._options.full)
 
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
@@ -156,17 +158,40 @@ class RealCode:
             self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
-        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address."""
+        """A function that unpacks the kernel was entered.
+
+        decompress_kernel() has RDI = output, RSI = virtual address. extract_kernel() has RDI = boot_params; it is not
+        answered, since it chooses the place and accepts it too.
+        """
         regs = self.vcpu.state.regs
-        output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
-        if answer:
-            memory, image = self._machine.memory, self._image
-            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output, virtual)
-            self._expect_entry(output + offset)
-            self.vcpu.return_from_function(offset)
-            return
+        output, virtual = regs[RDI], regs[RSI]
+        if output != self._boot_params:
+            self.unpacked_for = output, virtual
+            if answer:
+                self._answer(output, virtual)
+                return
         return_address = int.from_bytes(self.vcpu.read(regs[RSP], 8), "little")
         self.vcpu.break_at(return_address, lambda: self._expect_entry(self._entry_of(output, regs[RAX])))
+
+    def _answer(self, output: int, virtual: int) -> None:
+        """Do what decompress_kernel() does, and return from it.
+
+        The decompressor's page tables grow by page faults, 2 MiB at a time. Where its code would have one, it gets
+        one; its handler goes back to where the function begins. Source: arch/x86/boot/compressed/ident_map_64.c,
+        do_boot_page_fault().
+        """
+        image = self._image
+        if self._options.skip:
+            offset = entry_offset(image)
+        else:
+            pages = range(output, output + parse_bzimage(image).init_size, PMD_SIZE)
+            missing = next((page for page in pages if not self.vcpu.peek(page, 1)), None)
+            if missing is not None:
+                self.vcpu.page_fault(missing)
+                return
+            offset = unpack_kernel(self._machine.memory, image, output, virtual)
+        self._expect_entry(output + offset)
+        self.vcpu.return_from_function(offset)
 
     @staticmethod
     def _entry_of(output: int, value: int) -> int:

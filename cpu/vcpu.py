@@ -32,6 +32,7 @@ _SHADOW_SPACE = 0x28
 _MSR_EFER, _MSR_STAR, _MSR_LSTAR, _MSR_FMASK = 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084
 _CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1  # PG WP NE ET MP PE
 _CR4 = 1 << 5 | 1 << 9 | 1 << 10  # PAE OSFXSR OSXMMEXCPT
+_PF, _PF_WRITE = 14, 1 << 1
 _TSC_START_BITS = 40
 _TSC_STEP_NS, _TSC_NOISE_NS = 25, 16
 """Time between two reads of the TSC. Without noise, the kernel's jitter entropy source never believes it."""
@@ -96,6 +97,12 @@ class Vcpu:
         self.state.regs[RAX] = value
         self.state.regs[RSP] = stack + 8
         self.jump(int.from_bytes(self.read(stack, 8), "little"))
+
+    def page_fault(self, linear: int) -> None:
+        """Go on as if the instruction that is about to run had written to ``linear`` and found no page there."""
+        self.state.cr[2], self.state.error_code = linear, _PF_WRITE
+        self._deliver(_PF)
+        self.jump(self.state.rip)
 
     def jump(self, rip: int) -> None:
         """Go on at ``rip``."""
