@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from itertools import islice
 
-from cpu.binding import RSP, CpuState
+from cpu.binding import CpuState
 from cpu.exceptions import NAMES
 from cpu.symbols import Symbols
 from cpu.vcpu import Vcpu
@@ -56,7 +56,7 @@ def _registers(regs: Registers, state: CpuState, symbols: Symbols) -> Iterator[s
 
 def guess_callers(vcpu: Vcpu, symbols: Symbols) -> Iterator[int]:
     """What looks like return addresses between the stack pointer and the stack's end, innermost first."""
-    stack = vcpu.state.regs[RSP] & ~7
+    stack = vcpu.registers().rsp & ~7
     data = vcpu.peek(stack, round_up(stack + 1, _THREAD_SIZE) - stack)
     return (word for (word,) in struct.iter_unpack("<Q", data) if symbols.is_text(word))
 

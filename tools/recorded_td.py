@@ -47,8 +47,8 @@ def _vmcall_name(regs: Registers) -> str:
 
 
 class RecordedModule(TdxModule):
-    """Our TDX module where the recorded one differs: 1 GiB pages, a processor that tells its frequency in CPUID 0x16, and
-    has the features of ``hidden`` less.
+    """Our TDX module where the recorded one differs: 1 GiB pages, and a processor that tells its frequency (CPUID 0x16)
+    and has the features of ``hidden`` less.
 
     It keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
     """

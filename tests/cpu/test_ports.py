@@ -19,3 +19,14 @@ def test_the_timer_stands_still(port: int) -> None:
 def test_a_port_without_a_device_reads_as_all_ones(size: int, value: int) -> None:
     """Nothing drives the bus."""
     assert Devices(lambda line: None).read(0x44, size) == value
+
+
+def test_a_latch_keeps_what_is_written():
+    """A port that is a latch reads as its first value, then as the byte written last; by default there is none."""
+    devices = Devices(print)
+    devices.write(0x21, 1, 0xFB)
+    assert devices.read(0x21, 1) == 0xFF
+    devices.latches[0x21] = 0x80
+    assert devices.read(0x21, 1) == 0x80
+    devices.write(0x21, 1, 0xFB)
+    assert devices.read(0x21, 1) == 0xFB
