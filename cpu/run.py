@@ -13,7 +13,8 @@ from bootstub.bzimage import parse_bzimage
 from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
 from cpu.answer import entry_offset, find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
-from cpu.counter import BlockCounter
+from cpu.counter import InstructionCounter
+from cpu.counter import self_test as counter_self_test
 from cpu.devices import Devices
 from cpu.exits import NO_VE, VeConfig
 from cpu.fill import Fills
@@ -28,7 +29,7 @@ from guest.units import PAGE_SHIFT, PMD_SIZE, round_up
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 
-TICK_BLOCKS = 1 << 22
+TICK_INSTRUCTIONS = 1 << 24
 UNTIL_ACCEPT = "accept"
 PANIC_END = "---[ end Kernel panic"
 END_LINES = ("unaccepted-init: done", "reboot: System halted", "reboot: Power down")
@@ -46,7 +47,7 @@ class RunOptions:
     ``full``: run the decompression and the clearing of large memory too, instead of answering them from outside.
     ``skip``: leave the decompression out; then there is no kernel behind the door, and the decompressor stops where
     it would unpack it. ``until``: stop when the kernel puts out a line with this text, or, if it is ``accept``, when
-    it accepts memory. ``timeout``: basic blocks. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises
+    it accepts memory. ``timeout``: instructions. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises
     #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
@@ -61,7 +62,7 @@ class RunOptions:
 class RealCode:
     """A vCPU that runs the code of ``image``, a bzImage that the firmware has loaded.
 
-    ``progress`` is called with the number of basic blocks every few million of them.
+    ``progress`` is called with the number of instructions every few million of them.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class RealCode:
         progress: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         self_test()
+        counter_self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
         self._physical = physical
         self.devices = Devices(machine.print)
         self.vcpu = Vcpu(machine, physical, self.devices, options.ve, options.seed)
-        self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
+        self.counter = InstructionCounter(self.vcpu.engine, TICK_INSTRUCTIONS, self._tick)
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
         self.fills: Fills | None = None
@@ -139,7 +141,7 @@ class RealCode:
         self._machine.regs = self.vcpu.registers()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
-        self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
+        self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} instructions")
 
     def _moved(self, startup_32: int) -> int:
         """Where the image lies once the decompressor at ``startup_32`` has moved itself out of its own way.
@@ -227,4 +229,4 @@ class RealCode:
         if self._progress is not None:
             self._progress(self.counter.count)
         if self._options.timeout is not None and self.counter.count >= self._options.timeout:
-            raise self._machine.panic(f"stopped after {self.counter.count} basic blocks (--timeout)")
+            raise self._machine.panic(f"stopped after {self.counter.count} instructions (--timeout)")

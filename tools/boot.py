@@ -93,7 +93,7 @@ def _print_as_it_comes(boot: Boot) -> None:
 
     boot.trace.watchers.append(on_record)
     if sys.stderr.isatty():
-        boot.progress = lambda blocks: print(f"\r{blocks >> 20} Mi basic blocks\r", end="", file=sys.stderr)
+        boot.progress = lambda count: print(f"\r{count >> 20} Mi instructions\r", end="", file=sys.stderr)
 
 
 def _postmortem(boot: Boot, system_map: str | None) -> list[str]:

@@ -151,7 +151,7 @@ OPTIONS = (
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
     Option("seed", "N", "seed of RDRAND and of the start of the TSC in real code (default 0)", "seed", _seed),
-    Option("timeout", "N", "end real code after N million basic blocks", "timeout", _timeout),
+    Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
 )  # fmt: skip
 

@@ -34,7 +34,7 @@ from tools.unaccepted_table import read_table
 
 SET_UP = ("id", "name", "cmdline", "descs", "tdx_max_level", "until")
 """Fields of a case that say what is run; the others say what came of it. ``until``: see ``cpu.run.RunOptions``."""
-TIMEOUT_BLOCKS = 1 << 30
+TIMEOUT_INSTRUCTIONS = 1 << 33
 _CONFIG = TdConfig(gpaw=40, sept_ve_disable=False, flexible_pending_ve=True)
 """The recorded TD. The emulated processor has 40 bits of physical address."""
 _INITRD_SIZE = SZ_64K // 4
@@ -70,7 +70,7 @@ class _Run:
         machine.trace.stage = _STUB
         initrd = build_initrd().ljust(_INITRD_SIZE, b"\0")
         self._services, self._loaded = start_firmware(self._td, case, image, initrd)
-        options = RunOptions(until=case.get("until"), timeout=TIMEOUT_BLOCKS)
+        options = RunOptions(until=case.get("until"), timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(machine, self._td.physical, image, options)
         self._code.devices.latches |= dict.fromkeys(_PIC_MASKS, 0xFF)
         self._td.host.instructions = Instructions(self._code.devices)
