@@ -220,7 +220,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the guest")
     for option in OPTIONS:
         group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
-    group.add_argument("--full", action="store_true", help="with --run: run the decompression too, do not answer it")
+    group.add_argument(
+        "--full", action="store_true", help="with --run: run decompression and large memset() too, do not answer them"
+    )  # fmt: skip
     group.add_argument("--config", metavar="FILE.toml", help="any of these options, by name, in TOML")
 
 
