@@ -13,19 +13,18 @@ from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, round_down, round_up
+from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, SZ_4G, round_down, round_up
 from tdx.backing import Backing
 from tdx.events import PageAdd, TdExit, TdVmCall
 from tdx.instructions import Instructions, last_words
-from tdx.leaves import SubFunction, VmCallStatus
 from tdx.seamcall import SeamCalls, SeamLeaf
 from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt, SeptState
 from tdx.status import TDX_SUCCESS, status_name
 from tdx.td_exit import EptViolation
+from tdx.vmcall import VmCallPolicy, answer, sub_function_name
 
 _VCPU = 0
 """The one processor that runs the TD."""
-_NAMES = {int(function): function.spec_name for function in SubFunction}
 
 
 @dataclass(slots=True)
@@ -49,6 +48,7 @@ class Host:
     """What the guest made shared (MapGPA), by addresses without the shared bit."""
     instructions: Instructions = field(default_factory=Instructions)
     """Its devices are the host's; without any, ports read as all ones."""
+    vmcalls: VmCallPolicy = field(default_factory=VmCallPolicy)
     demote: bool = True
     unblock: bool = True
     suppress_ve: bool = False
@@ -61,13 +61,17 @@ class Host:
         if isinstance(self.backing, int):
             self.backing = Backing(self.backing)
 
-    def page_add(self, gpa: int, data: bytes, size: int, what: str) -> None:
-        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD)."""
+    def page_add(self, gpa: int, data: bytes, size: int, what: str, extend: bool = False) -> None:
+        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD).
+
+        ``extend``: the contents too are measured into MRTD (TDH.MR.EXTEND).
+        """
         self._add_tables(gpa, gpa + size, LEVEL_4K, self.sept.top)
         done, status, _ = self.seam.run(SeamLeaf.TDH_MEM_PAGE_ADD, gpa, size // PAGE_SIZE)
         if status != TDX_SUCCESS:
             raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
         self.physical.write(gpa, data)
+        self.seam.measure(gpa, gpa + size, data if extend else None)
         self.trace.add(PageAdd(gpa, gpa + size, what))
 
     def finalize(self) -> None:
@@ -183,44 +187,13 @@ class Host:
         A call that ends the guest raises ``GuestPanic`` with what the guest said.
         """
         r12, r13, standard = regs.r12, regs.r13, regs.r10 == 0
-        name = _NAMES[regs.r11] if standard and regs.r11 in _NAMES else f"{regs.r11:#x}"
+        name = sub_function_name(regs)
         end = last_words(regs) if standard else None
-        if standard:
-            regs.r10 = self._answer(regs)
-        else:
-            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
+        regs.r10 = answer(self, regs)
         self.clock.advance(self.costs.tdvmcall)
         self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
         if end is not None:
             raise GuestPanic(self.trace.stage, end)
-
-    def _answer(self, regs: Registers) -> VmCallStatus:
-        """Answer a standard sub-function in ``regs``, and return its status."""
-        if regs.r11 == SubFunction.MapGPA:
-            status, regs.r11 = self._map_gpa(regs.r12, regs.r13)
-            return status
-        if regs.r11 == SubFunction.GetTdVmCallInfo:
-            regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
-            return VmCallStatus.SUCCESS
-        if regs.r11 == SubFunction.ReportFatalError:
-            return VmCallStatus.SUCCESS
-        status_of_instruction = self.instructions.answer(regs)
-        return VmCallStatus.SUBFUNC_UNSUPPORTED if status_of_instruction is None else status_of_instruction
-
-    def _map_gpa(self, gpa: int, size: int) -> tuple[VmCallStatus, int]:
-        """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
-        start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
-        if size == 0 or end > self.shared_mask:
-            return VmCallStatus.INVALID_OPERAND, gpa
-        if gpa % PAGE_SIZE or size % PAGE_SIZE:
-            return VmCallStatus.ALIGN_ERROR, gpa
-        if gpa & self.shared_mask:
-            self.shared.add(start, end)
-        else:
-            self.shared.remove(start, end)
-            self.shared_mapped.remove(start, end)
-            self.sept.revoke(start | self.shared_mask, end | self.shared_mask)
-        return VmCallStatus.SUCCESS, 0
 
     def _ram_pages(self, gpa: int, size: int, count: int) -> int:
         """How many of the ``count`` pages from ``gpa`` on lie wholly in RAM, without a gap."""
@@ -232,13 +205,37 @@ class Host:
         self.trace.add_later(TdExit, gpa, level, count)
 
 
-def q35_ram(memory: int) -> RangeSet:
-    """Guest physical RAM of a q35 machine with ``memory`` bytes.
+@dataclass(frozen=True, slots=True)
+class MachineType:
+    """QEMU's machine types, as far as memory goes: ``q35`` or ``pc``, and ``max-ram-below-4g`` in bytes."""
 
-    From 2816 MiB on, 2 GiB lie low and the rest starts at 4 GiB; below that, all lies low.
-    Source: QEMU hw/i386/pc_q35.c, pc_q35_init().
-    """
-    low_max, low = 0xB000_0000, 0x8000_0000
-    if memory < low_max:
-        return RangeSet([(0, memory)])
-    return RangeSet([(0, low), (1 << 32, (1 << 32) + memory - low)])
+    name: str = "q35"
+    max_ram_below_4g: int | None = None
+
+    def ram(self, memory: int) -> RangeSet:
+        """Guest physical RAM of the machine with ``memory`` bytes; what does not lie low starts at 4 GiB."""
+        low = _LOW_RAM[self.name](memory, self.max_ram_below_4g)
+        if memory < low:
+            return RangeSet([(0, memory)])
+        return RangeSet([(0, low), (SZ_4G, SZ_4G + memory - low)])
+
+
+def q35_ram(memory: int) -> RangeSet:
+    """Guest physical RAM of a q35 machine with ``memory`` bytes and no further option."""
+    return MachineType().ram(memory)
+
+
+def _q35_low_ram(memory: int, limit: int | None) -> int:
+    """2816 MiB, where configuration space begins; 2 GiB if that is not enough (hw/i386/pc_q35.c, pc_q35_init())."""
+    low = 0x8000_0000 if memory >= 0xB000_0000 else 0xB000_0000
+    return min(low, SZ_4G if limit is None else limit)
+
+
+def _pc_low_ram(memory: int, limit: int | None) -> int:
+    """3.5 GiB; a whole number of GiB, 3 at most, if that is not enough (hw/i386/pc_piix.c, pc_init1())."""
+    low = 0xE000_0000 if limit is None else limit
+    return min(low, 0xC000_0000) if memory >= low else low
+
+
+_LOW_RAM = {"q35": _q35_low_ram, "pc": _pc_low_ram}
+MACHINE_NAMES = tuple(_LOW_RAM)

@@ -9,7 +9,7 @@ from guest.registers import Registers
 from tdx.events import PageAdd, SeamCall, TdExit, TdVmCall
 from tdx.sept import SeptEntry, SeptState
 from tdx.td_exit import EptViolation
-from tdx.vmm import q35_ram
+from tdx.vmm import MachineType, q35_ram
 
 SHARED = 1 << 51
 INVALID_OPERAND = 0x8000_0000_0000_0000
@@ -81,7 +81,7 @@ def test_get_td_vm_call_info_answers_zero(td):
     assert (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15) == (0, 0, 0, 0, 0, 7)
 
 
-@pytest.mark.parametrize("sub_function", [0, 11, 0x10002, 0x10004, ALL_ONES])
+@pytest.mark.parametrize("sub_function", [0, 11, 65, 0x10005, ALL_ONES])
 def test_an_unknown_sub_function_is_unsupported(td, sub_function):
     """The host says so in R10."""
     assert vmcall(td, r11=sub_function).r10 == SUBFUNC_UNSUPPORTED
@@ -90,10 +90,12 @@ def test_an_unknown_sub_function_is_unsupported(td, sub_function):
 
 
 def test_a_vendor_call_is_refused(td):
-    """R10 other than 0 is no call of the GHCI."""
-    regs = vmcall(td, r10=1, r11=0x10001, r12=0x1000, r13=SZ_4K)
-    assert (regs.r10, regs.r11) == (INVALID_OPERAND, 0)
+    """R10 other than 0 is a hypercall of KVM and none of the GHCI: unknown ones give -KVM_ENOSYS, no other change."""
+    regs = vmcall(td, r10=2, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert regs == Registers(rcx=0xFC00, r10=ALL_ONES - 999, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert vmcall(td, r10=1, r11=5).r10 == 0
     assert list(td.host.shared) == []
+    assert [event.sub_function for event in td.events(TdVmCall)] == ["vendor 0x2", "vendor 0x1"]
 
 
 def test_page_add_gives_contents_and_zeros(make_td):
@@ -175,3 +177,25 @@ def test_q35_splits_ram_at_2816_mib(memory, ranges):
     found = q35_ram(memory)
     assert list(found) == ranges
     assert found.total() == memory
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "memory", "low"),
+    [
+        ("pc", None, 2 << 30, 2 << 30),
+        ("pc", None, 0xE000_0000 - SZ_4K, 0xE000_0000 - SZ_4K),
+        ("pc", None, 0xE000_0000, 3 << 30),
+        ("pc", None, 40 << 30, 3 << 30),
+        ("pc", 0xE000_0000, 4 << 30, 3 << 30),
+        ("pc", 1 << 30, 4 << 30, 1 << 30),
+        ("q35", 1 << 30, 4 << 30, 1 << 30),
+        ("q35", 3 << 30, 4 << 30, 2 << 30),
+        ("q35", 1 << 30, 512 << 20, 512 << 20),
+    ],
+)
+def test_machines_split_ram(machine, limit, memory, low):
+    """pc keeps 3 GiB low if not all fits in 3.5 GiB; max-ram-below-4g makes the low part smaller, never larger."""
+    found = MachineType(machine, limit).ram(memory)
+    assert next(iter(found)) == (0, low)
+    assert found.total() == memory
+    assert not found.overlaps(low, SZ_4G)
