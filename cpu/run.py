@@ -45,7 +45,7 @@ class RunOptions:
     ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
     is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
     kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
-    blocks. ``ve``: what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
+    blocks. ``ve``: what raises #VE. The host needs ``Instructions`` with the ``devices`` and ``vcpu.interrupts`` of this vCPU.
     """
 
     full: bool = False
@@ -100,6 +100,7 @@ class RealCode:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
         trace = self._machine.trace
         trace.watchers.append(self._watch)
+        self.vcpu.interrupts.start(self.counter)
         try:
             self.vcpu.run(self._machine.regs.rip)
         except _Reached:

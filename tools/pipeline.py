@@ -181,7 +181,7 @@ def _real_code(boot: Boot) -> RealCode:
         config = boot.config
         options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
-        boot.host.instructions = Instructions(boot.real_code.devices)
+        boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
     return boot.real_code
 
 
