@@ -49,7 +49,7 @@ class BlockCounter:
         return self._cells[_COUNT]
 
     def attend(self, action: Callable[[], bool]) -> None:
-        """Have ``action`` called when :meth:`look` says; it returns True if it set RIP, and the engine goes on there."""
+        """Have ``action`` called when :meth:`look` says; if it returns True, it set RIP, and that goes on there."""
         self._attend = action
 
     def look(self, blocks: int, with_interrupts_on: bool) -> None:

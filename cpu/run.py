@@ -45,7 +45,7 @@ class RunOptions:
     ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
     is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
     kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
-    blocks. ``ve``: what raises #VE. The host needs ``Instructions`` with the ``devices`` and ``vcpu.interrupts`` of this vCPU.
+    blocks. ``ve``: what raises #VE. The host needs ``Instructions`` with ``devices`` and ``vcpu.interrupts`` of these.
     """
 
     full: bool = False

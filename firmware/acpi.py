@@ -72,7 +72,8 @@ def _package(body: bytes) -> bytes:
 
 def _table(signature: bytes, body: bytes, revision: int = 1) -> bytes:
     """A table: the header of 36 bytes, and ``body``."""
-    header = struct.pack("<4sIBB6s8sI4sI", signature, _HEADER_SIZE + len(body), revision, 0, b"UNACPT", b"UNACCEPT", 1, b"UNAC", 1)
+    size = _HEADER_SIZE + len(body)
+    header = struct.pack("<4sIBB6s8sI4sI", signature, size, revision, 0, b"UNACPT", b"UNACCEPT", 1, b"UNAC", 1)
     return _checksum(header + body, 9, len(header) + len(body))
 
 

@@ -58,9 +58,7 @@ def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
         (1, 0): (
             _FAMILY_6_MODEL_94,
             1 << 16 | 8 << 8,  # one logical processor, CLFLUSH of 64 bytes
-            _bits(
-                _SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _X2APIC, _MOVBE, _POPCNT, _TSC_DEADLINE, _RDRAND, _HYPERVISOR
-            ),
+            _bits(_SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _X2APIC, _MOVBE, _POPCNT, _TSC_DEADLINE, _RDRAND, _HYPERVISOR),
             _bits(*_FPU_TO_MSR, *_PAE_TO_APIC, *_SEP_TO_PSE36, _CLFLUSH, *_MMX_TO_SSE2),
         ),
         (7, 0): (

@@ -49,7 +49,7 @@ class NoPorts:
 
 
 class Apic(Protocol):
-    """The host's part of a vCPU's local APIC: its timer, and what of its registers the processor does not virtualise."""
+    """The host's part of a vCPU's local APIC: its timer, and the registers that the processor does not virtualise."""
 
     def rdmsr(self, index: int) -> int | None:
         """Value of a register, None if it has no such register."""
