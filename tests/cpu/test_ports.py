@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpu.devices import Devices
+from cpu.devices import UART_BASE, Devices
 
 
 @pytest.mark.parametrize("port", range(0x40, 0x44), ids=hex)
@@ -19,3 +19,21 @@ def test_the_timer_stands_still(port: int) -> None:
 def test_a_port_without_a_device_reads_as_all_ones(size: int, value: int) -> None:
     """Nothing drives the bus."""
     assert Devices(lambda line: None).read(0x44, size) == value
+
+
+def test_the_uart_reports_its_empty_transmitter_once() -> None:
+    """With that interrupt enabled, IIR says so when it is enabled and after each byte, until it has been read."""
+    lines: list[str] = []
+    devices = Devices(lines.append)
+    thr, ier, iir = range(UART_BASE, UART_BASE + 3)
+    assert devices.read(iir, 1) == 1
+    devices.write(ier, 1, 2)
+    assert [devices.read(iir, 1) for _ in range(2)] == [2, 1]
+    for byte in b"a\n":
+        devices.write(thr, 1, byte)
+    devices.write(iir, 1, 1)
+    assert [devices.read(iir, 1) for _ in range(2)] == [0xC2, 0xC1]
+    assert lines == ["a"]
+    devices.write(ier, 1, 0)
+    devices.write(thr, 1, 0x0A)
+    assert devices.read(iir, 1) == 0xC1
