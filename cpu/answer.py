@@ -15,7 +15,8 @@ from bootstub.bzimage import parse_bzimage
 from bootstub.decompressor import place_segments
 from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
 from bootstub.payload import decompress
-from bootstub.vmlinux import load_segments
+from bootstub.relocations import read_relocations, relocate
+from bootstub.vmlinux import Vmlinux, load_segments
 from guest.memory import GuestMemory
 
 _LEA_RIP_RELATIVE = re.compile(rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]")
@@ -50,13 +51,25 @@ def find_payload_users(bzimage: bytes) -> tuple[int, ...]:
     return tuple(sorted(functions))
 
 
-def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int) -> int:
-    """Do the function's work without relocation: unpack at ``output``, place the segments; the entry's offset."""
+def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int, virtual: int) -> int:
+    """Do the function's work: unpack at ``output``, place the segments, move them to ``virtual``; the entry's offset.
+
+    ``virtual`` is counted from the start of the kernel's mapping, as the function's own argument is.
+    """
     vmlinux = decompress(parse_bzimage(bzimage).payload(bzimage))
     kernel = load_segments(vmlinux)
     memory.write(output, vmlinux)
     place_segments(memory, kernel, output)
+    if virtual != LOAD_PHYSICAL_ADDR:
+        image = bytearray(memory.read(output, _image_size(kernel)))
+        relocate(image, LOAD_PHYSICAL_ADDR, read_relocations(vmlinux, kernel), virtual - LOAD_PHYSICAL_ADDR)
+        memory.write(output, bytes(image))
     return kernel.entry - LOAD_PHYSICAL_ADDR
+
+
+def _image_size(kernel: Vmlinux) -> int:
+    """Bytes from where the kernel begins to the end of its last segment; bss follows."""
+    return max(segment.p_paddr + segment.p_filesz for segment in kernel.segments) - LOAD_PHYSICAL_ADDR
 
 
 @lru_cache(maxsize=1)

@@ -39,16 +39,14 @@ _NS = 1_000_000_000
 _MASK32 = (1 << 32) - 1
 
 
-def tsc_at(ns: int) -> int:
-    """The time stamp counter at a time of the machine's clock."""
-    return ns * TSC_HZ // _NS
-
-
 class LocalApic:
-    """The APIC of processor 0, switched on by firmware, software-disabled as after reset."""
+    """The APIC of processor 0, switched on by firmware, software-disabled as after reset.
 
-    def __init__(self, clock: VirtualClock) -> None:
-        self._clock = clock
+    ``tsc_start`` is the time stamp counter when the machine's clock began.
+    """
+
+    def __init__(self, clock: VirtualClock, tsc_start: int = 0) -> None:
+        self._clock, self._tsc_start = clock, tsc_start
         self._irr = self._isr = 0
         """Bit n stands for vector n."""
         self._registers = {_TPR: 0, _SVR: 0xFF, _ESR: 0, _ICR: 0, _INITIAL_COUNT: 0, _DIVIDE: 0}
@@ -167,6 +165,10 @@ class LocalApic:
 
     # Timer
 
+    def tsc(self) -> int:
+        """The time stamp counter."""
+        return self._tsc_start + self._clock.ns * TSC_HZ // _NS
+
     def next_event(self) -> int | None:
         """When the timer will interrupt, in ns of the clock; None if it will not."""
         return None if self._registers[_LVT_TIMER] & _LVT_MASKED else self._due
@@ -213,7 +215,7 @@ class LocalApic:
     def _write_tsc_deadline(self, value: int) -> None:
         if self._timer_mode == _TSC_DEADLINE:
             self._tsc_deadline = value
-            self._due = -(-value * _NS // TSC_HZ) if value else None
+            self._due = -((self._tsc_start - value) * _NS // TSC_HZ) if value else None
             self.expire()
 
 

@@ -1,6 +1,6 @@
 """When interrupts enter the guest, and how time passes for it: executed code takes time, and HLT waits for the timer.
 
-A basic block takes a fixed time, so that the same code meets its interrupts at the same instruction in every run.
+An instruction takes a fixed time, so that the same code meets its interrupts at the same instruction in every run.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from cpu.apic import LocalApic
 from cpu.binding import CpuState
-from cpu.counter import NEVER, BlockCounter
+from cpu.counter import NEVER, InstructionCounter
 from guest.machine import Machine
 
-NS_PER_BLOCK = 2
-"""Five instructions at 2.5 GHz."""
+INSTRUCTIONS_PER_NS = 2
+"""A processor of 2 GHz with one instruction a cycle."""
 _RFLAGS_IF = 1 << 9
 
 
@@ -24,17 +24,17 @@ class Interrupts:
     :meth:`start`, code takes no time and no interrupt comes.
     """
 
-    def __init__(self, machine: Machine, state: CpuState, enter: Callable[[int], None]) -> None:
+    def __init__(self, machine: Machine, state: CpuState, enter: Callable[[int], None], tsc_start: int) -> None:
         self._machine, self._clock, self._state, self._enter = machine, machine.clock, state, enter
-        self.apic = LocalApic(machine.clock)
+        self.apic = LocalApic(machine.clock, tsc_start)
         self.delivered: dict[int, int] = {}
         """Number of interrupts so far by vector."""
-        self._counter: BlockCounter | None = None
+        self._counter: InstructionCounter | None = None
         self._counted = 0
         self._event = NEVER
 
-    def start(self, counter: BlockCounter) -> None:
-        """Let the blocks that ``counter`` counts take time, and interrupts come."""
+    def start(self, counter: InstructionCounter) -> None:
+        """Let the instructions that ``counter`` counts take time, and interrupts come."""
         self._counter, self._counted = counter, counter.count
         counter.attend(self._on_attention)
         self._update()
@@ -46,9 +46,9 @@ class Interrupts:
     def pass_time(self, ns: int = 0) -> None:
         """Bring the clock up to the code that has run, and let ``ns`` more go by."""
         if self._counter is not None:
-            count = self._counter.count
-            ns += (count - self._counted) * NS_PER_BLOCK
-            self._counted = count
+            passed = (self._counter.count - self._counted) // INSTRUCTIONS_PER_NS
+            self._counted += passed * INSTRUCTIONS_PER_NS
+            ns += passed
         self._clock.advance(ns)
         if self._clock.ns >= self._event:
             self._update()
@@ -107,5 +107,5 @@ class Interrupts:
         event = self.apic.next_event()
         self._event = NEVER if event is None else event
         if self._counter is not None:
-            blocks = NEVER if event is None else max(0, -(-(event - self._clock.ns) // NS_PER_BLOCK))
-            self._counter.look(blocks, with_interrupts_on=self.apic.pending() is not None)
+            left = NEVER if event is None else max(0, event - self._clock.ns) * INSTRUCTIONS_PER_NS
+            self._counter.look(left, with_interrupts_on=self.apic.pending() is not None)

@@ -93,13 +93,14 @@ def _print_as_it_comes(boot: Boot) -> None:
 
     boot.trace.watchers.append(on_record)
     if sys.stderr.isatty():
-        boot.progress = lambda blocks: print(f"\r{blocks >> 20} Mi basic blocks\r", end="", file=sys.stderr)
+        boot.progress = lambda count: print(f"\r{count >> 20} Mi instructions\r", end="", file=sys.stderr)
 
 
 def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
     """How the processor stands where the guest died, with symbols of System.map or of the kernel itself."""
     from bootstub.bzimage import parse_bzimage
     from bootstub.payload import decompress
+    from bootstub.relocations import START_KERNEL_MAP
     from cpu.postmortem import report
     from cpu.symbols import Symbols, parse_system_map, read_kallsyms
 
@@ -112,6 +113,9 @@ def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
             symbols = (
                 read_kallsyms(decompress(parse_bzimage(boot.config.kernel).payload(boot.config.kernel))) or symbols
             )
+    if boot.real_code.unpacked_for is not None:
+        _, virtual = boot.real_code.unpacked_for
+        symbols = symbols.placed(START_KERNEL_MAP + virtual)
     return report(boot.real_code.vcpu, boot.trace, symbols)
 
 

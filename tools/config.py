@@ -19,6 +19,7 @@ from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
 _MAX_TIMEOUT = 1 << 20
+_MAX_SEED = (1 << 64) - 1
 _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
@@ -114,11 +115,19 @@ def _ve(text: str) -> tuple[str, ...]:
     return names
 
 
+def _number(option: str, text: str, low: int, high: int) -> int:
+    """A decimal number within limits, with no more digits than these have."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high):
+        raise FormatError(option, found=repr(text[:80]), expected=f"a number from {low} to {high}", source=_SOURCE)
+    return int(text)
+
+
 def _timeout(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= _MAX_TIMEOUT:
-        expected = f"a number from 1 to {_MAX_TIMEOUT}"
-        raise FormatError("--timeout", found=repr(text), expected=expected, source=_SOURCE)
-    return int(text) * 1_000_000
+    return _number("--timeout", text, 1, _MAX_TIMEOUT) * 1_000_000
+
+
+def _seed(text: str) -> int:
+    return _number("--seed", text, 0, _MAX_SEED)
 
 
 def _script(path: str) -> Any:
@@ -141,7 +150,8 @@ OPTIONS = (
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
-    Option("timeout", "N", "end real code after N million basic blocks", "timeout", _timeout),
+    Option("seed", "N", "seed of RDRAND and of the start of the TSC in real code (default 0)", "seed", _seed),
+    Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
 )  # fmt: skip
 

@@ -54,7 +54,8 @@ class BootConfig:
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
+    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
+    is random in real code.
     """
 
     kernel: bytes
@@ -70,6 +71,7 @@ class BootConfig:
     until: str | None = None
     timeout: int | None = None
     ve: tuple[str, ...] = ()
+    seed: int = 0
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -179,7 +181,8 @@ def _real_code(boot: Boot) -> RealCode:
         from tdx.instructions import Instructions
 
         config = boot.config
-        options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
+        ve = VeConfig(**dict.fromkeys(config.ve, True))
+        options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
         boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
     return boot.real_code

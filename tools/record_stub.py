@@ -20,7 +20,7 @@ from tools.recorded_firmware import start_firmware
 from tools.recorded_td import RecordedTd
 from tools.unaccepted_table import read_table
 
-TIMEOUT_BLOCKS = 1 << 26
+TIMEOUT_INSTRUCTIONS = 1 << 28
 _ENTERED = "entered kernel"
 _SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
 SET_UP = (
@@ -59,7 +59,7 @@ class _Run:
         self._machine.trace.stage = "efi-stub"
         self._gates = self._machine.gates = RecordingGates(self._td.trace, self._machine.memory)
         self._services, self._image = start_firmware(self._td, case, image)
-        options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
+        options = RunOptions(skip=True, timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(self._machine, self._physical, image, options)
         self._code.vcpu.tsc = self._td.rdtsc
 

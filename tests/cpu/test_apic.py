@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpu.apic import MSRS, LocalApic, tsc_at
+from cpu.apic import MSRS, LocalApic
 from guest.clock import VirtualClock
 
 BASE, DEADLINE = 0x1B, 0x6E0
@@ -35,7 +35,7 @@ def clock() -> VirtualClock:
 @pytest.fixture
 def apic(clock: VirtualClock) -> LocalApic:
     """An APIC that software has enabled, with a timer that counts every 40 ns."""
-    apic = LocalApic(clock)
+    apic = LocalApic(clock, 12345)
     assert apic.wrmsr(SVR, 0x1FF)
     assert apic.wrmsr(DIVIDE, DIVIDE_BY_1)
     return apic
@@ -186,7 +186,7 @@ def test_tsc_deadline(apic: LocalApic, clock: VirtualClock) -> None:
     apic.wrmsr(DEADLINE, 5)
     assert apic.rdmsr(DEADLINE) == 0  # not in this mode
     apic.wrmsr(TIMER, TSC_DEADLINE | 0x40)
-    deadline = tsc_at(clock.ns) + 1000
+    deadline = apic.tsc() + 1000
     apic.wrmsr(INITIAL, 1)
     apic.wrmsr(DEADLINE, deadline)
     assert (apic.rdmsr(DEADLINE), apic.rdmsr(CURRENT)) == (deadline, 0)
@@ -195,7 +195,7 @@ def test_tsc_deadline(apic: LocalApic, clock: VirtualClock) -> None:
     assert apic.pending() is None
     clock.advance(1)
     apic.expire()
-    assert tsc_at(clock.ns) == deadline
+    assert apic.tsc() == deadline
     assert (take(apic), apic.rdmsr(DEADLINE), apic.next_event()) == (0x40, 0, None)
     apic.wrmsr(EOI, 0)
     apic.wrmsr(DEADLINE, 1)

@@ -123,3 +123,18 @@ def test_random_toml(tmp_path: Path, text):
     toml.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(BootError, OSError):
         configured("--config", str(toml))
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "", "1.5", "seven", "18446744073709551616", "\u0663", "9" * 5000], ids=lambda t: t[:8]
+)
+def test_seed_that_is_none(text):
+    """A seed is a number of 64 bits."""
+    with pytest.raises(FormatError) as caught:
+        configured(f"--seed={text}")
+    assert (caught.value.what, caught.value.expected) == ("--seed", "a number from 0 to 18446744073709551615")
+
+
+def test_seed():
+    """The seed of real code; 0 if nothing is said."""
+    assert (configured("--seed", "18446744073709551615").seed, configured().seed) == ((1 << 64) - 1, 0)
