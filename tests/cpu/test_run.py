@@ -8,7 +8,7 @@ import pytest
 
 from bootstub.boot_params import e820_table_of
 from bootstub.bzimage import parse_bzimage
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from bootstub.payload import decompress
 from cpu.answer import find_payload_users
 from cpu.postmortem import report
