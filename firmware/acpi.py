@@ -12,6 +12,7 @@ import struct
 
 from firmware.arena import Arena
 from firmware.efi_types import EfiMemoryType
+from guest.units import SZ_4G
 
 _RSDP_V1_SIZE, _HEADER_SIZE = 20, 36
 _WAET_RTC_GOOD_TIMER_GOOD = 3
@@ -46,10 +47,10 @@ def _madt() -> bytes:
 
 
 def _fadt(dsdt: int) -> bytes:
-    """Hardware-reduced ACPI: no registers at all, only the address of the DSDT."""
+    """Hardware-reduced ACPI: no registers at all, only the address of the DSDT, and that twice if it has 32 bits."""
     fadt = bytearray(_FADT_SIZE)
     flags = _WBINVD | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _HW_REDUCED_ACPI
-    struct.pack_into("<I", fadt, _FADT_DSDT, dsdt)
+    struct.pack_into("<I", fadt, _FADT_DSDT, dsdt if dsdt < SZ_4G else 0)
     struct.pack_into("<H", fadt, _FADT_BOOT_ARCH, _BOOT_ARCH_LEGACY_DEVICES | _BOOT_ARCH_NO_VGA)
     struct.pack_into("<I", fadt, _FADT_FLAGS, flags)
     struct.pack_into("<Q", fadt, _FADT_X_DSDT, dsdt)

@@ -98,7 +98,7 @@ class RangeMap(Generic[T]):
         index = bisect_left(starts, start)
         if index == 0 or index == len(starts) or values[index] is not before or values[index - 1] is not after:
             return False
-        if starts[index] != start or (index + 1 < len(starts) and starts[index + 1] <= end):
+        if starts[index] != start or end >= (starts[index + 1] if index + 1 < len(starts) else TOP):
             return False
         starts[index] = end
         return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bootstub import exit_boot
+from bootstub import unaccepted_memory
 from bootstub.bzimage import parse_bzimage
 from bootstub.payload import decompress
 from bootstub.sample_kernel import sample_bzimage
@@ -69,7 +69,7 @@ def test_a_missed_accept_is_fatal_and_named(monkeypatch: pytest.MonkeyPatch) -> 
     config = BootConfig(sample_bzimage(), efi_map=small_unaccepted_map(), script=())
     sound = Boot(config)
     sound.run()
-    monkeypatch.setattr(exit_boot, "process_unaccepted_memory", forgetful)
+    monkeypatch.setattr(unaccepted_memory, "process_unaccepted_memory", forgetful)
     boot = Boot(config)
     with pytest.raises(MemoryFault) as death:
         boot.run()

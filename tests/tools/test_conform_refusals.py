@@ -30,7 +30,7 @@ def first_case(family: str) -> dict[str, object]:
         (
             "other.jsonl",
             CASE.encode(),
-            "other.jsonl: found family 'other', expected a name that starts with v9 or e820",
+            "other.jsonl: found family 'other', expected a name that starts with v9 or mainline or e820",
         ),
         (".jsonl", CASE.encode(), ".jsonl: found family ''"),
         ("v9.jsonl", b"no json\n", "v9.jsonl, line 1: found JSONDecodeError"),
