@@ -70,3 +70,23 @@ class PageAdd(Event):
     start: int
     end: int
     what: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultInjected(Event):
+    """A fault of ``kind`` (faults.py) met the call that follows; ``gpa`` is its page, or the sub-function if none."""
+
+    kind: str
+    gpa: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding(Event):
+    """The guest broke ``rule`` (sanitizer.py) with event ``cause``: found and expected at ``[start, end)``."""
+
+    rule: str
+    cause: int
+    start: int
+    end: int
+    found: str
+    expected: str

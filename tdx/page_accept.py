@@ -16,7 +16,7 @@ Source: Intel TDX Module 1.5, TDG.MEM.PAGE.ACCEPT; src/td_dispatcher/vm_exits/td
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from guest.clock import CostTable, VirtualClock
 from guest.memory import PhysicalMemory
@@ -45,6 +45,9 @@ from tdx.status import (
 )
 from tdx.td_exit import MAX_EXITS, EptViolation, unresolved
 from tdx.vmm import Host
+
+if TYPE_CHECKING:
+    from tdx.inject import Injector
 
 _INVALID = TDX_OPERAND_INVALID | OPERAND_ID_RCX
 _NAME = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
@@ -75,13 +78,18 @@ class PageAccept:
         self._exits = 0
         self._zero_already = 0
         self.interrupts: Interrupts | None = None
+        self.injector: Injector | None = None
+        """The faults that meet accepts, if any."""
 
     def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
         """TDCALL up to ``count`` times with RCX growing by ``step``, while it succeeds; see ``Platform``."""
         rcx, level = regs.rcx, regs.rcx & 7
         if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
             raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
-        done, status = self._accept(rcx, count)
+        if self.injector is None:
+            done, status = self._accept(rcx, count)
+        else:
+            done, status = self.injector.accept_run(self._accept, rcx, step, count)
         if status != TDX_SUCCESS:
             self._count(rcx + done * step, status, 1)
         regs.rax, regs.rcx = status, rcx + step * (done if status != TDX_SUCCESS else done - 1)
