@@ -21,10 +21,11 @@ def tell(resources: list[Resource], rules: Iterable[Rule]) -> list[Resource]:
     """What the host says of ``resources`` by the rules that are about HOBs, one after the other."""
     for rule in rules:
         if rule.place is Place.HOB:
+            starts = {resource.start for resource in resources}
             resources = [
                 told
                 for resource in resources
-                for told in (_LIES[rule.kind](resource) if _is_about(rule, resource) else [resource])
+                for told in (_LIES[rule.kind](resource, starts) if _is_about(rule, resource) else [resource])
             ]
     return resources
 
@@ -37,33 +38,34 @@ def _middle(resource: Resource) -> int:
     return resource.start + round_down((resource.end - resource.start) // 2, PAGE_SIZE)
 
 
-def _stale(resource: Resource) -> list[Resource]:
+def _stale(resource: Resource, starts: set[int]) -> list[Resource]:
     return [replace(resource, type=SYSTEM)]
 
 
-def _accepted(resource: Resource) -> list[Resource]:
+def _accepted(resource: Resource, starts: set[int]) -> list[Resource]:
     return [replace(resource, type=UNACCEPTED)]
 
 
-def _overlap(resource: Resource) -> list[Resource]:
+def _overlap(resource: Resource, starts: set[int]) -> list[Resource]:
     return [resource, replace(resource, start=_middle(resource))] if resource.type == UNACCEPTED else [resource]
 
 
-def _more(resource: Resource) -> list[Resource]:
-    """A resource that ends where another one begins overlaps it then."""
-    end = min(resource.end + SZ_1G, PHYSICAL_ADDRESS_END)
-    return [replace(resource, end=end)] if resource.type == UNACCEPTED else [resource]
+def _more(resource: Resource, starts: set[int]) -> list[Resource]:
+    if resource.type != UNACCEPTED or resource.end in starts:
+        return [resource]
+    return [replace(resource, end=min(resource.end + SZ_1G, PHYSICAL_ADDRESS_END))]
 
 
-def _less(resource: Resource) -> list[Resource]:
+def _less(resource: Resource, starts: set[int]) -> list[Resource]:
     large = resource.type == UNACCEPTED and resource.end - resource.start >= SZ_4M
     return [replace(resource, end=_middle(resource))] if large else [resource]
 
 
-_LIES: dict[str, Callable[[Resource], list[Resource]]] = {
+_LIES: dict[str, Callable[[Resource, set[int]], list[Resource]]] = {
     "hob-stale": _stale,
     "hob-accepted": _accepted,
     "hob-overlap": _overlap,
     "hob-more": _more,
     "hob-less": _less,
 }
+"""Each says a resource as one or more; ``starts`` is where resources start."""

@@ -79,6 +79,11 @@ class FaultInjected(Event):
     kind: str
     gpa: int
 
+    @property
+    def text(self) -> str:
+        """The fault in one line."""
+        return f"fault {self.kind} at {self.gpa:#x}"
+
 
 @dataclass(frozen=True, slots=True)
 class Finding(Event):
@@ -90,3 +95,9 @@ class Finding(Event):
     end: int
     found: str
     expected: str
+
+    @property
+    def text(self) -> str:
+        """The finding in one line, but for the stage, which its record has."""
+        where = f"{self.rule} at [{self.start:#x}, {self.end:#x})"
+        return f"event #{self.cause}: {where}: found {self.found}, expected {self.expected}"

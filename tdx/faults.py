@@ -73,7 +73,7 @@ KINDS = {
         Kind("hob-stale", _H, "the HOB list of an earlier life: all RAM is accepted system memory"),
         Kind("hob-accepted", _H, "the HOB list calls unaccepted what the host added with contents"),
         Kind("hob-overlap", _H, "the HOB list has each unaccepted resource twice, once from its middle on"),
-        Kind("hob-more", _H, "the HOB list has 1 GiB of RAM that is none behind each unaccepted resource"),
+        Kind("hob-more", _H, "the HOB list has 1 GiB of RAM that is none behind each end of RAM"),
         Kind("hob-less", _H, "the HOB list has half of each unaccepted resource of 4 MiB and more"),
     )
 }

@@ -22,6 +22,7 @@ from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from firmware.tdvf import Tdvf
 from guest.clock import CostTable, VirtualClock
+from guest.errors import MemoryFault
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
@@ -32,9 +33,13 @@ from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
+from tdx.faults import Rule
+from tdx.inject import Injector
 from tdx.module import TdConfig, TdxModule
+from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host, q35_ram
+from tools.border import check_border
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -55,6 +60,8 @@ class BootConfig:
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
+    ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer does: ``error`` ends the
+    boot, ``warn`` is told, and with ``off`` there is no sanitizer.
     """
 
     kernel: bytes
@@ -70,6 +77,8 @@ class BootConfig:
     until: str | None = None
     timeout: int | None = None
     ve: tuple[str, ...] = ()
+    faults: tuple[Rule, ...] = ()
+    sanitize: str = "warn"
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -91,6 +100,11 @@ class Boot:
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
         self.sept.on_revoke.append(lambda start, end: self.machine.memory.flush())
+        if config.faults:
+            Injector(config.faults, module.page_accept, self.host, self.trace)
+        self.sanitizer: Sanitizer | None = None
+        if config.sanitize != "off":
+            self.sanitizer = Sanitizer(self.trace, ram, td.shared_mask, config.sanitize == "error")
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] | None = None
@@ -112,7 +126,13 @@ class Boot:
             raise ValueError("step: the boot is over")
         self.trace.stage = name
         self.trace.add(StageBegin())
-        self.stages[name](self)
+        try:
+            self.stages[name](self)
+        except MemoryFault as fault:
+            if self.sanitizer is not None:
+                self.sanitizer.fault(fault)
+            raise
+        check_border(self)
         self.trace.add(StageEnd())
         self.done.append(name)
         return name
@@ -140,7 +160,7 @@ def _host(boot: Boot) -> None:
     if config.efi_map is not None:
         private = _accepted(config.efi_map)
         tdvf = sections_for_map(config.efi_map) if tdvf is BUILT_IN else tdvf
-    launch_td(boot.host, tdvf, private, boot.machine.regs)
+    launch_td(boot.host, tdvf, private, boot.machine.regs, config.faults)
 
 
 def _firmware(boot: Boot) -> None:

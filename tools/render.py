@@ -12,7 +12,7 @@ from typing import Any
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
-from tdx.events import PageAdd, TdCall, TdExit, TdVmCall
+from tdx.events import FaultInjected, Finding, PageAdd, TdCall, TdExit, TdVmCall
 from tdx.status import status_name
 from tools.pipeline import KERNEL_STAGES
 from tools.report import StageSummary
@@ -24,8 +24,8 @@ _LEVELS = ("4K", "2M", "1G")
 def event_text(event: Event) -> str:
     """One event in one line, in the words of the specification it belongs to."""
     match event:
-        case Print(text) | Note(text):
-            return text
+        case Print() | Note() | FaultInjected() | Finding():
+            return event.text
         case ServiceCall(service, args, status):
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
         case TdCall(leaf, rcx, status, count):
