@@ -18,6 +18,7 @@ VERBS = {
     "boot": "boot a guest through every stage; print its log and a table of stages",
     "step": "boot a guest stage by stage, or to an event, and look at it",
     "dump": "show a structure: boot-params",
+    "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
     "conform": "run recorded answers of the real code through our stages",
 }
 """Every verb has a module of its own in tools/, with ``add_arguments(parser)`` and ``run(args)``."""
