@@ -33,5 +33,5 @@ class Backing:
         return (self.level, small) if gpa < small else (LEVEL_4K, base + period)
 
 
-PAGE_SIZES = {"2M": Backing(), "4K": Backing(LEVEL_4K), "mixed": Backing(small_every=_MIXED_EVERY)}
-"""What ``--host-page-size`` can say."""
+MIXED = Backing(small_every=_MIXED_EVERY)
+"""A host whose memory is fragmented: three blocks of 2 MiB, then one of 4 KiB pages, and so on."""

@@ -109,7 +109,7 @@ class TdxModule:
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
         if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT:
-            self.page_accept.tdcall_run(regs, 0, 1)
+            self.tdcall_run(regs, 0, 1)
             return
         rcx, selector = regs.rcx, regs.rax
         self._clock.advance(self._costs.tdcall)

@@ -14,6 +14,7 @@ from typing import Any
 
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, SZ_1G, memparse
+from tdx.backing import MIXED
 from tdx.faults import KINDS, Rule, parse_rule
 from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig, stages_of
 
@@ -25,7 +26,8 @@ _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
 _SANITIZE = ("error", "warn", "off")
-_HOST_LEVELS = {"4K": 0, "2M": 1}
+_HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
+_HOST_BACKING = {"demand": False, "ahead": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,12 @@ OPTIONS = (
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
     Option(
-        "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default) or 4K",
+        "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default), 4K or mixed",
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
+    ),
+    Option(
+        "host-backing", "WHEN", "when the host backs private memory: on demand (default) or ahead",
+        "host_ahead", _choice("--host-backing", _HOST_BACKING),
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),

@@ -7,7 +7,7 @@ chose (images, sizes, script) reaches it as arguments, as a host's configuration
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
@@ -33,6 +33,7 @@ from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
+from tdx.backing import Backing
 from tdx.faults import Rule
 from tdx.inject import Injector
 from tdx.module import TdConfig, TdxModule
@@ -57,7 +58,8 @@ class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
     ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
-    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB. ``run`` names how much of the
+    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more;
+    with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
     ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer does: ``error`` ends the
@@ -71,7 +73,8 @@ class BootConfig:
     initrd: bytes = b""
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
-    host_level: int = LEVEL_2M
+    host_level: Backing | int = LEVEL_2M
+    host_ahead: bool = False
     run: str | None = None
     full: bool = False
     until: str | None = None
@@ -95,7 +98,7 @@ class Boot:
         td, ram = TdConfig(GPAW if config.run is None else GPAW_REAL_CODE), _ram(config)
         self.sept = SecureEpt(td.gpaw)
         self.host = Host(
-            self.physical, self.sept, self.trace, self.clock, config.costs, ram, config.host_level, td.shared_mask
+            self.physical, self.sept, self.trace, self.clock, config.costs, ram, _backing(config), td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock)
@@ -243,6 +246,11 @@ def _ram(config: BootConfig) -> RangeSet:
     if config.efi_map is None:
         return q35_ram(config.memory)
     return RangeSet((d.start, d.end) for d in config.efi_map if d.type in RAM_TYPES)
+
+
+def _backing(config: BootConfig) -> Backing:
+    level = config.host_level
+    return replace(Backing(level) if isinstance(level, int) else level, ahead=config.host_ahead)
 
 
 def _accepted(efi_map: tuple[MemoryDescriptor, ...]) -> list[Range]:

@@ -12,13 +12,15 @@ from typing import Any
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
-from tdx.events import FaultInjected, Finding, PageAdd, TdCall, TdExit, TdVmCall
+from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
+from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
 from tools.pipeline import KERNEL_STAGES
 from tools.report import StageSummary
 
 _HEX_LINE = 16
-_LEVELS = ("4K", "2M", "1G")
+_LEVELS = ("4K", "2M", "1G", "512G", "256T")
+_AUG = SeamLeaf.TDH_MEM_PAGE_AUG.spec_name
 
 
 def event_text(event: Event) -> str:
@@ -28,14 +30,6 @@ def event_text(event: Event) -> str:
             return event.text
         case ServiceCall(service, args, status):
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
-        case TdCall(leaf, rcx, status, count):
-            return f"{leaf} RCX={rcx:#x} x{count}: {status_name(status)}"
-        case TdVmCall(sub_function, r12, r13, status):
-            return f"TDG.VP.VMCALL<{sub_function}> R12={r12:#x} R13={r13:#x}: {status:#x}"
-        case TdExit(gpa, level, count):
-            return f"TD exit, EPT violation at {gpa:#x} x{count}: host adds {_LEVELS[level]} pages"
-        case PageAdd(start, end, what):
-            return f"TDH.MEM.PAGE.ADD [{start:#x}, {end:#x}) {what}"
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):
@@ -46,6 +40,23 @@ def event_text(event: Event) -> str:
             return "stage begins"
         case StageEnd():
             return "stage ends"
+        case _:
+            return _tdx_event_text(event)
+
+
+def _tdx_event_text(event: Event) -> str:
+    """The same for the events of the TDX module and the host."""
+    match event:
+        case TdCall(leaf, rcx, status, count) | SeamCall(leaf, rcx, status, count):
+            return f"{leaf} RCX={rcx:#x} x{count}: {status_name(status)}"
+        case TdVmCall(sub_function, r12, r13, status):
+            return f"TDG.VP.VMCALL<{sub_function}> R12={r12:#x} R13={r13:#x}: {status:#x}"
+        case TdExit(gpa, level, count):
+            return f"TD exit, EPT violation at {gpa:#x} x{count}, {_LEVELS[level]} pages"
+        case AcceptInterrupted(gpa, progress):
+            return f"TDG.MEM.PAGE.ACCEPT of {gpa:#x} interrupted after {progress} of 512 pieces"
+        case PageAdd(start, end, what):
+            return f"TDH.MEM.PAGE.ADD [{start:#x}, {end:#x}) {what}"
         case _:
             return repr(event)
 
@@ -94,6 +105,8 @@ def summary_rows(stages: Sequence[StageSummary]) -> tuple[list[str], list[list[s
         *(_short(s) for s in statuses),
         "TDVMCALL",
         "TD exits",
+        "PAGE.AUG",
+        "SEAMCALL",
         "virtual time",
     ]
     rows = [_row(stage.stage, [stage], statuses) for stage in stages]
@@ -108,6 +121,8 @@ def _row(name: str, stages: Sequence[StageSummary], statuses: Sequence[str]) -> 
         *(str(sum(stage.tdcalls[status] for stage in stages)) for status in statuses),
         str(sum(stage.tdvmcalls for stage in stages)),
         str(sum(stage.td_exits for stage in stages)),
+        str(sum(stage.seamcalls[_AUG] for stage in stages)),
+        str(sum(stage.seamcalls.total() for stage in stages)),
         f"{sum(stage.ns for stage in stages) / 1e6:.3f} ms",
     ]
 
@@ -152,6 +167,7 @@ def summary_json(stages: Iterable[StageSummary]) -> list[dict[str, Any]]:
             "tdcalls": dict(sorted(stage.tdcalls.items())),
             "tdvmcalls": stage.tdvmcalls,
             "td_exits": stage.td_exits,
+            "seamcalls": dict(sorted(stage.seamcalls.items())),
             "virtual_ns": stage.ns,
         }
         for stage in stages

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from guest.trace import Record, StageBegin, StageEnd
-from tdx.events import PageAdd, TdCall, TdExit, TdVmCall
+from tdx.events import PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.leaves import Leaf
 from tdx.sept import LEVEL_SIZE
 from tdx.status import TDX_SUCCESS, status_name
@@ -19,7 +19,8 @@ ACCEPT = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
 class StageSummary:
     """Counts of one stage: bytes that the host added and that the guest accepted, calls, exits, time.
 
-    ``tdcalls`` counts every TDCALL by completion status; ``td_exits`` are the exits by EPT violation.
+    ``tdcalls`` counts every TDCALL by completion status; ``td_exits`` are the exits by EPT violation; ``seamcalls``
+    counts the host's calls by leaf.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class StageSummary:
     tdcalls: Counter[str] = field(default_factory=Counter)
     tdvmcalls: int = 0
     td_exits: int = 0
+    seamcalls: Counter[str] = field(default_factory=Counter)
     begin_ns: int = 0
     end_ns: int | None = None
 
@@ -47,6 +49,8 @@ class StageSummary:
                 self.tdvmcalls += 1
             case TdExit(count=count):
                 self.td_exits += count
+            case SeamCall(leaf, count=count):
+                self.seamcalls[leaf] += count
             case PageAdd(start, end):
                 self.added_bytes += end - start
             case StageBegin():

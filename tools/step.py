@@ -57,7 +57,7 @@ class Breakpoint:
 
 def event_names() -> list[str]:
     """Names of all events that a boot can have."""
-    return sorted(kind.__name__ for kind in Event.__subclasses__())
+    return sorted({kind.__name__ for kind in Event.__subclasses__()})
 
 
 def parse_breakpoint(text: str) -> Breakpoint:

@@ -187,7 +187,7 @@ def write_pe(sections: list[tuple[int, int, int, bytes]], **fields: int) -> byte
 
 @pytest.fixture(scope="session")
 def make_lab() -> Callable[..., Lab]:
-    """A function that makes a TD with ``ram`` (a RangeSet, or bytes of a q35 machine), nothing of it backed, ``running`` or still to be built."""
+    """A function that makes a TD with ``ram`` (a RangeSet, or bytes of a q35 machine), running or still to be built."""
     return build_lab
 
 

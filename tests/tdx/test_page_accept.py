@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from guest.errors import MemoryFault
 from guest.registers import Registers
+from guest.units import round_down
+from tdx.backing import Backing
 from tdx.events import SeamCall, TdCall, TdExit
+from tdx.seamcall import SeamLeaf
 
 ACCEPT = 6
 OPERAND_INVALID_RCX = 0xC000_0100_0000_0001
@@ -209,6 +212,7 @@ def test_a_run_that_ends_at_the_shared_bit_is_refused_there(make_td):
 
 
 BLOCKS = 4
+HOSTS = [(0, 0), (1, 0), (1, 2), (1, 3)]
 COUNTS = [255, 511, 512, 513, 700, 1024]
 pages_in_block = st.sampled_from([0, 1, 2, 200, 256, 510, 511, 512])
 spans_in_block = st.tuples(pages_in_block, pages_in_block).map(sorted)
@@ -220,7 +224,10 @@ scenes = st.fixed_dictionaries(
         "ram": st.lists(st.tuples(st.integers(0, BLOCKS - 1), spans_in_block), max_size=2),
         "whole": st.sets(st.integers(0, BLOCKS - 1), min_size=2),
         "steps": st.lists(steps, max_size=5),
-        "page_level": st.integers(0, 1),
+        "backing": st.sampled_from([Backing(level, every, ahead) for level, every in HOSTS for ahead in (False, True)]),
+        "locks": st.lists(st.tuples(st.integers(0, BLOCKS - 1), pages_in_block, st.integers(0, 1)), max_size=2),
+        "blocks": st.lists(st.tuples(st.integers(0, BLOCKS - 1), pages_in_block, st.integers(0, 2)), max_size=3),
+        "policy": st.tuples(st.booleans(), st.booleans()),
     }
 )
 
@@ -230,13 +237,20 @@ def build_scene(make_td, scene, *, single_step):
     ram = [(block * 512 + first, block * 512 + last) for block, (first, last) in scene["ram"]]
     ram += [(block * 512, (block + 1) * 512) for block in scene["whole"]]
     ram = tuple((P + first * SZ_4K, P + last * SZ_4K) for first, last in ram)
-    td = make_td(ram, page_level=scene["page_level"], single_step=single_step)
+    td = make_td(ram, page_level=scene["backing"], single_step=single_step)
+    td.host.demote, td.host.unblock = scene["policy"]
     for block, what, pages in scene["steps"]:
         name, _, large = what.partition(" ")
         first, last = (0, 512) if large else pages
         start, end = P + (block * 512 + first) * SZ_4K, P + (block * 512 + last) * SZ_4K
         if {state for _, _, state, _ in td.states(start, end)} == {"FREE"} and td.host.ram.covers(start, end):
             prepare(td, (name, block * 512 + first, block * 512 + last, 1 if large else 0))
+    for block, page, level in scene["blocks"]:
+        td.host.seam.run(
+            SeamLeaf.TDH_MEM_RANGE_BLOCK, round_down(P + block * SZ_2M + page * SZ_4K, SIZE[level]) | level
+        )
+    for block, page, level in scene["locks"]:
+        td.sept.lock(P + block * SZ_2M + page * SZ_4K, level)
     for block in range(BLOCKS):
         td.physical.write(P + block * SZ_2M, b"from the host")
     return td

@@ -107,7 +107,7 @@ def test_page_add_gives_contents_and_zeros(make_td):
         (0x6000, 0x7000, "FREE", 0),
     ]
     assert td.events(PageAdd) == [PageAdd(0x4000, 0x6000, "TD_HOB")]
-    with pytest.raises(ValueError, match="TDH.MEM.PAGE.ADD at 0x5000: TDX_EPT_ENTRY_STATE_INCORRECT"):
+    with pytest.raises(ValueError, match=r"TDH\.MEM\.PAGE\.ADD at 0x5000: TDX_EPT_ENTRY_STATE_INCORRECT"):
         td.host.page_add(0x5000, b"again", SZ_4K, "twice")
     assert td.machine.memory.read(0x5000, 5) == bytes(5)
 

@@ -30,7 +30,7 @@ def stepped(command, file):
         ("fly\n", "command: found 'fly'"),
         ("!ls\n", "command: found '!ls'"),
         ("step step\nwarp 9\n", "command: found 'warp 9'"),
-        ("break Earthquake\n", "break: found 'Earthquake', expected Allocation, "),
+        ("break Earthquake\n", "break: found 'Earthquake', expected AcceptInterrupted, "),
         ("break :text\n", "break: found ''"),
         ("mem\n", "mem: found ''"),
         ("mem x\n", "mem: found 'x'"),
