@@ -202,7 +202,7 @@ class Vcpu:
         """An instruction was left to the TDX module: it answers itself, or raises #VE."""
         module = self._machine.platform
         assert isinstance(module, TdxModule)
-        if info.exit_reason is ExitReason.CPUID and module.cpuid_is_native(*self._cpuid_operands()):
+        if info.exit_reason is ExitReason.CPUID and module.cpuid_is_native(*self._cpuid_operands(), self.state.cpl):
             self._on_cpuid()
             self.state.rip += info.instruction_length
             return

@@ -53,7 +53,7 @@ def launch_td(
                     "TD HOB list", at=hob.address, found=f"{len(data)} bytes",
                     expected=f"at most {hob.memory_size}", source="QEMU hw/i386/tdvf-hob.c",
                 )  # fmt: skip
-        host.page_add(section.address, data, section.memory_size, section.type.name)
+        host.page_add(section.address, data, section.memory_size, section.type.name, section.is_measured)
     for start, end in private:
         for gap in host.sept.mapped(start, end).gaps(start, end):
             host.page_add(gap.start, b"", gap.size, "RAM")

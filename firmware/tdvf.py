@@ -22,6 +22,7 @@ from guest.units import PAGE_SIZE, SZ_4G
 
 TABLE_FOOTER_GUID = UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
 TDX_METADATA_OFFSET_GUID = UUID("e47a6535-984a-4798-865e-4685a7bf8ec2")
+ATTRIBUTE_MR_EXTEND = 1 << 0
 _FOOTER_FROM_END = 0x20
 _ENTRY_TRAILER = 18  # u16 length, 16 bytes GUID
 _MAX_SECTIONS = 64
@@ -67,6 +68,11 @@ class TdvfSection:
     @property
     def end(self) -> int:
         return self.address + self.memory_size
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its contents go into MRTD (attribute MR.EXTEND)."""
+        return bool(self.attributes & ATTRIBUTE_MR_EXTEND)
 
 
 @dataclass(frozen=True, slots=True)

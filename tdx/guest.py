@@ -16,6 +16,8 @@ from tdx.sept import LEVEL_1G, LEVEL_2M, LEVEL_4K, LEVEL_SIZE
 
 TDX_CPUID_LEAF_ID = 0x21
 TDX_IDENT = b"IntelTDX    "
+MAX_RETRIES_PER_PAGE = 3
+"""Answers of RETRY without progress after which mainline gives up."""
 
 
 def tdx_guest_detected(machine: Machine) -> bool:
@@ -33,11 +35,34 @@ def tdx_cc_mask(machine: Machine) -> int:
     return 1 << (regs.rcx & 0x3F) - 1
 
 
-def tdx_map_gpa(machine: Machine, start: int, end: int) -> bool:
+def tdx_map_gpa_v9(machine: Machine, start: int, end: int) -> bool:
     """One TDG.VP.VMCALL<MapGPA> for the whole range, without a retry, as v9 does; True if it succeeded."""
+    return _map_gpa(machine, start, end)[0] == VmCallStatus.SUCCESS
+
+
+def tdx_map_gpa(machine: Machine, start: int, end: int) -> bool:
+    """MapGPA as mainline does since 6.7: where the host says RETRY, go on from the address in R11.
+
+    False if the host refused, if R11 is outside what is left, or after three answers in a row without progress.
+    Source: arch/x86/coco/tdx/tdx.c, tdx_map_gpa().
+    """
+    retries = 0
+    while retries < MAX_RETRIES_PER_PAGE:
+        status, failed_at = _map_gpa(machine, start, end)
+        if status != VmCallStatus.RETRY:
+            return status == VmCallStatus.SUCCESS
+        if not start <= failed_at < end:
+            return False
+        retries = retries + 1 if failed_at == start else 0
+        start = failed_at
+    return False
+
+
+def _map_gpa(machine: Machine, start: int, end: int) -> tuple[int, int]:
+    """One MapGPA: R10 and R11."""
     regs = Registers(rax=Leaf.TDG_VP_VMCALL, rcx=EXPOSE_R10_R15, r11=SubFunction.MapGPA, r12=start, r13=end - start)
     machine.platform.tdcall(regs)
-    return regs.rax == 0 and regs.r10 == VmCallStatus.SUCCESS
+    return (regs.rax or regs.r10), regs.r11
 
 
 def tdx_accept_memory_v9(machine: Machine, start: int, end: int) -> bool:
@@ -45,7 +70,7 @@ def tdx_accept_memory_v9(machine: Machine, start: int, end: int) -> bool:
 
     False if the host refused or a 4 KiB page was refused. Source: v9 14/14, tdx_accept_memory().
     """
-    return tdx_map_gpa(machine, start, end) and tdx_accept_memory(machine, start, end)
+    return tdx_map_gpa_v9(machine, start, end) and tdx_accept_memory(machine, start, end)
 
 
 def tdx_accept_memory(machine: Machine, start: int, end: int) -> bool:

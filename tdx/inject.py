@@ -87,8 +87,8 @@ class Injector:
         return done, status
 
     def vmcall(self, answer: Callable[[Registers], int], regs: Registers) -> int:
-        """``answer(regs)``, the status of a standard sub-function, unless a rule meets the call."""
-        is_map = regs.r11 == SubFunction.MapGPA
+        """``answer(regs)``, what goes into R10, unless a rule meets the call."""
+        is_map = regs.r10 == 0 and regs.r11 == SubFunction.MapGPA
         self._vmcalls += 1
         self._mapgpas += is_map
         for armed in self._rules:

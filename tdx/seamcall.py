@@ -31,6 +31,7 @@ from guest.registers import Registers
 from guest.trace import Trace
 from guest.units import PAGE_SIZE
 from tdx.events import SeamCall
+from tdx.measurement import CHUNK_SIZE, Measurement
 from tdx.sept import (
     BLOCKED_STATES,
     LEVEL_1G,
@@ -70,6 +71,7 @@ class SeamLeaf(IntEnum):
     TDH_MEM_PAGE_AUG = 6
     TDH_MEM_RANGE_BLOCK = 7
     TDH_MEM_PAGE_DEMOTE = 15
+    TDH_MR_EXTEND = 16
     TDH_MR_FINALIZE = 17
     TDH_MEM_PAGE_PROMOTE = 23
     TDH_MEM_SEPT_RD = 25
@@ -176,6 +178,7 @@ class SeamCalls:
         self._clock, self._costs, self._shared_mask = clock, costs, shared_mask
         self.host_memory = PhysicalMemory()
         self.tracking = TlbTracking()
+        self.measurement = Measurement()
         self.runnable = False
         self._changes: dict[int, Callable[[int, int, SeptEntry], int]] = {
             SeamLeaf.TDH_MEM_PAGE_ADD: self._page_add,
@@ -198,6 +201,8 @@ class SeamCalls:
             regs.rax = self.mem_track()
         elif leaf == SeamLeaf.TDH_MR_FINALIZE:
             regs.rax = self.mr_finalize()
+        elif leaf == SeamLeaf.TDH_MR_EXTEND:
+            regs.rax = self.mr_extend(rcx)
         elif leaf not in _RULES:
             regs.rax = TDX_OPERAND_INVALID | OperandId.RAX
             self._count(f"leaf {leaf:#x}", rcx, regs.rax, 1)
@@ -209,12 +214,13 @@ class SeamCalls:
                 regs.rcx, regs.rdx = entry_bits(rcx & ~0xFFF, entry), entry.state.public << 8 | entry.level
             if leaf == SeamLeaf.TDH_MEM_PAGE_ADD and regs.rax == TDX_SUCCESS:
                 self._physical.write(rcx & ~0xFFF, self.host_memory.read(source, PAGE_SIZE))
+                self.measurement.page_add(rcx & ~0xFFF, (rcx & ~0xFFF) + PAGE_SIZE)
 
     def run(self, leaf: SeamLeaf, rcx: int, count: int = 1) -> SeamResult:
         """Call ``leaf`` up to ``count`` times with RCX growing by the page size, while it succeeds.
 
-        The result is that of the loop of single calls, at the cost of a range. What a new page holds is left to the
-        caller.
+        The result is that of the loop of single calls, at the cost of a range. What a new page holds, and so its
+        measurement, is left to the caller.
         """
         done, result = 0, SeamResult(0, TDX_SUCCESS)
         while done < count and result.status == TDX_SUCCESS:
@@ -231,6 +237,26 @@ class SeamCalls:
         busy = TDX_PREVIOUS_TLB_EPOCH_BUSY | OperandId.TD_EPOCH
         status = TDX_SUCCESS if self.tracking.track() else busy
         self._count(SeamLeaf.TDH_MEM_TRACK.spec_name, 0, status, 1)
+        return status
+
+    def measure(self, start: int, end: int, data: bytes | None) -> None:
+        """Measure pages that ``run`` has just added; with ``data`` each was followed by TDH.MR.EXTEND of all of it."""
+        self.measurement.page_add(start, end, data)
+        if data is not None:
+            self._count(SeamLeaf.TDH_MR_EXTEND.spec_name, start, TDX_SUCCESS, (end - start) // CHUNK_SIZE)
+
+    def mr_extend(self, gpa: int) -> int:
+        """TDH.MR.EXTEND: measure the 256 bytes at ``gpa`` of a page that was added."""
+        if self.runnable:
+            status = TDX_OP_STATE_INCORRECT
+        elif gpa % CHUNK_SIZE or gpa >= self._shared_mask:
+            status = TDX_OPERAND_INVALID | RCX
+        elif self._sept.walk(gpa - gpa % PAGE_SIZE, LEVEL_4K)[2] != SeptEntry(_S.MAPPED, LEVEL_4K):
+            status = TDX_EPT_WALK_FAILED | RCX
+        else:
+            status = TDX_SUCCESS
+            self.measurement.mr_extend(gpa, self._physical.read(gpa, CHUNK_SIZE))
+        self._count(SeamLeaf.TDH_MR_EXTEND.spec_name, gpa, status, 1)
         return status
 
     def mr_finalize(self) -> int:

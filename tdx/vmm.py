@@ -6,6 +6,7 @@ Sources: arch/x86/kvm/vmx/tdx.c (6.16); Intel Guest-Host Communication Interface
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guest.clock import CostTable, VirtualClock
@@ -18,18 +19,17 @@ from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, round_down, round_up
 from tdx.backing import Backing
 from tdx.events import PageAdd, TdExit, TdVmCall
 from tdx.instructions import Instructions, last_words
-from tdx.leaves import SubFunction, VmCallStatus
 from tdx.seamcall import SeamCalls, SeamLeaf
 from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt, SeptState
 from tdx.status import TDX_SUCCESS, status_name
 from tdx.td_exit import EptViolation
+from tdx.vmcall import VmCallPolicy, answer, sub_function_name
 
 if TYPE_CHECKING:
     from tdx.inject import Injector
 
 _VCPU = 0
 """The one processor that runs the TD."""
-_NAMES = {int(function): function.spec_name for function in SubFunction}
 
 
 @dataclass(slots=True)
@@ -53,6 +53,7 @@ class Host:
     """What the guest made shared (MapGPA), by addresses without the shared bit."""
     instructions: Instructions = field(default_factory=Instructions)
     """Its devices are the host's; without any, ports read as all ones."""
+    vmcalls: VmCallPolicy = field(default_factory=VmCallPolicy)
     demote: bool = True
     unblock: bool = True
     suppress_ve: bool = False
@@ -67,13 +68,17 @@ class Host:
         if isinstance(self.backing, int):
             self.backing = Backing(self.backing)
 
-    def page_add(self, gpa: int, data: bytes, size: int, what: str) -> None:
-        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD)."""
+    def page_add(self, gpa: int, data: bytes, size: int, what: str, extend: bool = False) -> None:
+        """Add ``size`` bytes at ``gpa`` while the TD is built: ``data``, then zeros (TDH.MEM.PAGE.ADD).
+
+        ``extend``: the contents too are measured into MRTD (TDH.MR.EXTEND).
+        """
         self._add_tables(gpa, gpa + size, LEVEL_4K)
         done, status, _ = self.seam.run(SeamLeaf.TDH_MEM_PAGE_ADD, gpa, size // PAGE_SIZE)
         if status != TDX_SUCCESS:
             raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
         self.physical.write(gpa, data)
+        self.seam.measure(gpa, gpa + size, data if extend else None)
         self.trace.add(PageAdd(gpa, gpa + size, what))
 
     def finalize(self) -> None:
@@ -190,44 +195,16 @@ class Host:
         A call that ends the guest raises ``GuestPanic`` with what the guest said.
         """
         r12, r13, standard = regs.r12, regs.r13, regs.r10 == 0
-        name = _NAMES[regs.r11] if standard and regs.r11 in _NAMES else f"{regs.r11:#x}"
+        name = sub_function_name(regs)
         end = last_words(regs) if standard else None
-        if standard:
-            regs.r10 = self._answer(regs) if self.injector is None else self.injector.vmcall(self._answer, regs)
+        if self.injector is None:
+            regs.r10 = answer(self, regs)
         else:
-            regs.r10, regs.r11 = VmCallStatus.INVALID_OPERAND, 0
+            regs.r10 = self.injector.vmcall(partial(answer, self), regs)
         self.clock.advance(self.costs.tdvmcall)
         self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
         if end is not None:
             raise GuestPanic(self.trace.stage, end)
-
-    def _answer(self, regs: Registers) -> VmCallStatus:
-        """Answer a standard sub-function in ``regs``, and return its status."""
-        if regs.r11 == SubFunction.MapGPA:
-            status, regs.r11 = self._map_gpa(regs.r12, regs.r13)
-            return status
-        if regs.r11 == SubFunction.GetTdVmCallInfo:
-            regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
-            return VmCallStatus.SUCCESS
-        if regs.r11 == SubFunction.ReportFatalError:
-            return VmCallStatus.SUCCESS
-        status_of_instruction = self.instructions.answer(regs)
-        return VmCallStatus.SUBFUNC_UNSUPPORTED if status_of_instruction is None else status_of_instruction
-
-    def _map_gpa(self, gpa: int, size: int) -> tuple[VmCallStatus, int]:
-        """MapGPA: status and the GPA at which it failed. It changes the host's view only; it accepts nothing."""
-        start, end = gpa & ~self.shared_mask, (gpa & ~self.shared_mask) + size
-        if size == 0 or end > self.shared_mask:
-            return VmCallStatus.INVALID_OPERAND, gpa
-        if gpa % PAGE_SIZE or size % PAGE_SIZE:
-            return VmCallStatus.ALIGN_ERROR, gpa
-        if gpa & self.shared_mask:
-            self.shared.add(start, end)
-        else:
-            self.shared.remove(start, end)
-            self.shared_mapped.remove(start, end)
-            self.sept.revoke(start | self.shared_mask, end | self.shared_mask)
-        return VmCallStatus.SUCCESS, 0
 
     def _ram_pages(self, gpa: int, size: int, count: int) -> int:
         """How many of the ``count`` pages from ``gpa`` on lie wholly in RAM, without a gap."""

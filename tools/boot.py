@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="DIR", help="write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl")
     add_json_option(parser)
     parser.add_argument("--system-map", metavar="FILE", help="symbols for the report on real code that died")
+    parser.add_argument("--measure", action="store_true", help="print the TD's measurements: MRTD and RTMR0 to RTMR3")
     parser.add_argument("--timing", action="store_true", help="print how long the boot took on this machine")
     parser.set_defaults(usage_error=parser.error)
 
@@ -65,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         death = error
     elapsed = time.perf_counter() - start
     if args.json:
-        print(json_text(_json(boot, death), args.json))
+        print(json_text(_json(boot, death) | (measurements(boot) if args.measure else {}), args.json))
     else:
         print()
         print_table(*summary_rows(summarize(boot.trace.records)))
         for line in verdict_lines(boot):
             print(line)
+        for name, digest in (measurements(boot) if args.measure else {}).items():
+            print(f"{name} {digest}")
     if death is not None and boot.real_code is not None:
         for line in _postmortem(boot, args.system_map):
             print(line, file=sys.stderr)
@@ -113,6 +116,13 @@ def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
                 read_kallsyms(decompress(parse_bzimage(boot.config.kernel).payload(boot.config.kernel))) or symbols
             )
     return report(boot.real_code.vcpu, boot.trace, symbols)
+
+
+def measurements(boot: Boot) -> dict[str, str]:
+    """The TD's measurement registers by name, in hexadecimal."""
+    measurement = boot.host.seam.measurement
+    rtmrs = {f"RTMR{index}": digest.hex() for index, digest in enumerate(measurement.rtmr)}
+    return {"MRTD": measurement.mrtd.hex()} | rtmrs
 
 
 def _json(boot: Boot, death: BootError | None) -> dict[str, Any]:

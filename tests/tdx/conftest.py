@@ -94,8 +94,9 @@ class Td:
 def build_td(
     ram: tuple[tuple[int, int], ...] = ((0, 1 << 24),), *, page_level: int | Backing = 1, single_step: bool = False,
     gpaw: int = 52, sept_ve_disable: bool = True, vcpus: int = 1, running: bool = True,
+    no_rbp_mod: bool = False,
 ) -> Td:  # fmt: skip
-    config = TdConfig(gpaw, sept_ve_disable, vcpus)
+    config = TdConfig(gpaw, sept_ve_disable, vcpus, no_rbp_mod=no_rbp_mod)
     physical, sept, clock = PhysicalMemory(), SecureEpt(gpaw), VirtualClock()
     trace = Trace(clock)
     trace.stage = "test"

@@ -20,6 +20,7 @@ from tdx.guest import (
     tdx_cc_mask,
     tdx_guest_detected,
     tdx_map_gpa,
+    tdx_map_gpa_v9,
 )
 
 SZ_4K, SZ_2M, SZ_1G = 0x1000, 0x20_0000, 0x4000_0000
@@ -87,9 +88,51 @@ def test_the_shared_bit_is_the_highest_of_the_width(make_td, gpaw):
 @pytest.mark.parametrize("start, end, done", [(0x1000, 0x3000, True), (0x1000, 0x1800, False), (0, 1 << 52, False)])
 def test_map_gpa_succeeds_if_the_host_says_so(td, start, end, done):
     """One call for the whole range; any status of the host other than success is a failure."""
-    assert tdx_map_gpa(td.machine, start, end) is done
-    (event,) = td.events(TdVmCall)
-    assert (event.r12, event.r13) == (start, end - start)
+    for map_gpa in (tdx_map_gpa, tdx_map_gpa_v9):
+        td.trace.records.clear()
+        assert map_gpa(td.machine, start, end) is done
+        (event,) = td.events(TdVmCall)
+        assert (event.r12, event.r13) == (start, end - start)
+
+
+RETRIES = [
+    # R11 of each RETRY, whether mainline succeeds, the addresses it calls with
+    ([], True, [0]),
+    ([SZ_2M], True, [0, SZ_2M]),
+    ([SZ_2M, SZ_2M, SZ_2M], True, [0, SZ_2M, SZ_2M, SZ_2M]),
+    ([SZ_2M, SZ_2M, SZ_2M, SZ_2M], False, [0, SZ_2M, SZ_2M, SZ_2M]),
+    ([0, 0, SZ_2M, SZ_2M, SZ_2M], True, [0, 0, 0, SZ_2M, SZ_2M, SZ_2M]),
+    ([0, 0, 0], False, [0, 0, 0]),
+    ([8 * SZ_2M], False, [0]),
+    ([2 * SZ_2M, SZ_2M], False, [0, 2 * SZ_2M]),
+    ([(1 << 64) - 1], False, [0]),
+]
+
+
+@pytest.mark.parametrize("answers, done, calls", RETRIES)
+def test_mainline_goes_on_where_the_host_stopped(td, monkeypatch, answers, done, calls):
+    """RETRY restarts at R11, which must lie in what is left; three answers in a row without progress are a failure."""
+    left = list(answers)
+
+    def answer(host, regs: Registers) -> int:
+        if not left:
+            return 0
+        regs.r11 = left.pop(0)
+        return 1
+
+    monkeypatch.setattr("tdx.vmm.answer", answer)
+    assert tdx_map_gpa(td.machine, 0, 8 * SZ_2M) is done
+    assert [(event.r12, event.r12 + event.r13) for event in td.events(TdVmCall)] == [(at, 8 * SZ_2M) for at in calls]
+
+
+def test_v9_takes_retry_for_a_failure(td):
+    """v9 knows no RETRY: a host that was interrupted after 2 MiB lets it fail, with those 2 MiB done."""
+    td.host.shared.add(0, 8 * SZ_2M)
+    td.host.vmcalls.has_event = lambda gpa: gpa == SZ_2M
+    assert not tdx_map_gpa_v9(td.machine, 0, 8 * SZ_2M)
+    assert list(td.host.shared) == [(SZ_2M, 8 * SZ_2M)]
+    assert tdx_map_gpa(td.machine, 0, 8 * SZ_2M)
+    assert not td.host.shared
 
 
 def test_v9_asks_the_host_once_and_tries_1g_first(make_td):

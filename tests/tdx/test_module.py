@@ -24,7 +24,26 @@ def everything(**changes: int) -> Registers:
     return Registers(**({name: 0x1000 + number for name, number in NUMBER.items()} | changes))
 
 
-@pytest.mark.parametrize("selector", [2, 5, 12, 28, 0xFFFF, 1 << 16 | 1, 1 << 16, 1 << 24, 1 << 32 | 1, 1 << 63 | 6])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        13,
+        17,
+        18,
+        19,
+        20,
+        21,
+        25,
+        26,
+        27,
+        28,
+        0xFFFF,
+        *(1 << 16 | leaf for leaf in range(28) if leaf != 7),
+        2 << 16 | 7,
+        *(1 << bit | 7 for bit in range(17, 64)),
+        1 << 63 | 6,
+    ],
+)
 def test_an_unknown_leaf_or_version_is_refused(td, selector):
     """An unknown leaf, a version above 0 and reserved bits give OPERAND_INVALID | RAX and change nothing."""
     regs = everything(rax=selector)

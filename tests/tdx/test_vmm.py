@@ -81,7 +81,7 @@ def test_get_td_vm_call_info_answers_zero(td):
     assert (regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15) == (0, 0, 0, 0, 0, 7)
 
 
-@pytest.mark.parametrize("sub_function", [0, 11, 0x10002, 0x10004, ALL_ONES])
+@pytest.mark.parametrize("sub_function", [0, 11, 65, 0x10005, ALL_ONES])
 def test_an_unknown_sub_function_is_unsupported(td, sub_function):
     """The host says so in R10."""
     assert vmcall(td, r11=sub_function).r10 == SUBFUNC_UNSUPPORTED
@@ -90,10 +90,12 @@ def test_an_unknown_sub_function_is_unsupported(td, sub_function):
 
 
 def test_a_vendor_call_is_refused(td):
-    """R10 other than 0 is no call of the GHCI."""
-    regs = vmcall(td, r10=1, r11=0x10001, r12=0x1000, r13=SZ_4K)
-    assert (regs.r10, regs.r11) == (INVALID_OPERAND, 0)
+    """R10 other than 0 is a hypercall of KVM and none of the GHCI: unknown ones give -KVM_ENOSYS, no other change."""
+    regs = vmcall(td, r10=2, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert regs == Registers(rcx=0xFC00, r10=ALL_ONES - 999, r11=0x10001, r12=0x1000, r13=SZ_4K)
+    assert vmcall(td, r10=1, r11=5).r10 == 0
     assert list(td.host.shared) == []
+    assert [event.sub_function for event in td.events(TdVmCall)] == ["vendor 0x2", "vendor 0x1"]
 
 
 def test_page_add_gives_contents_and_zeros(make_td):

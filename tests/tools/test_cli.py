@@ -210,3 +210,14 @@ def test_main_takes_its_words_from_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["unaccepted", "boot", "--until", "host"])
     assert main() == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("sum ")
+
+
+def test_measurements_are_printed_and_are_in_the_json(command):
+    """--measure gives MRTD and RTMR0 to RTMR3, 48 bytes each; without it JSON has none of them."""
+    names = ["MRTD", "RTMR0", "RTMR1", "RTMR2", "RTMR3"]
+    words = ("boot", "--until", "host", "--json")
+    data = json.loads(command(*words, "--measure").out)
+    assert all(len(bytes.fromhex(data[name])) == 48 for name in names)
+    assert not set(names) & set(json.loads(command(*words).out))
+    text = command("boot", "--until", "host", "--measure").out.splitlines()
+    assert text[-5:] == [f"{name} {data[name]}" for name in names]
