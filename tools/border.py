@@ -1,7 +1,8 @@
 """The sanitizer's rule for stage borders: the guest's record of unaccepted memory is true whenever a stage is done.
 
 The bitmap is compared with what the guest ever accepted, not with Secure EPT as it is now: a page that the host took
-away is the host's doing. Memory that is no RAM in the kernel's e820 table is lost, and no bit has to say so.
+away is the host's doing. Memory that is no RAM in the kernel's e820 table is lost, and no bit has to say so; what the
+guest made shared is not accepted either.
 """
 
 from __future__ import annotations
@@ -20,14 +21,10 @@ def check_border(boot: Boot) -> None:
     """Report where bitmap and accepted memory disagree now; nothing before the boot stub made the bitmap."""
     if boot.boot_params is None or boot.sanitizer is None:
         return
-    accepted = boot.sanitizer.accepted
-    unaccepted = boot.host.ram.copy()
-    for start, end in accepted:
-        unaccepted.remove(start, end)
+    unaccepted = _without(boot.host.ram, boot.sanitizer.accepted)
     by_bitmap = unaccepted_by_bitmap(boot) or RangeSet()
-    if by_bitmap == unaccepted:
-        return
-    for start, end in _without(_without(unaccepted, by_bitmap), lost_memory(boot)):
+    silent = _without(_without(unaccepted, by_bitmap), boot.sanitizer.shared)
+    for start, end in _without(silent, lost_memory(boot)) if silent else ():
         boot.sanitizer.report(AcceptanceRule.BIT_CLEAR, start, end, "bit clear, never accepted", "bit set")
     for start, end in _without(by_bitmap, unaccepted):
         boot.sanitizer.report(AcceptanceRule.BIT_SET, start, end, "bit set, accepted", "bit clear")
