@@ -75,13 +75,15 @@ class Sanitizer:
         self._strict = strict
 
     def _watch(self, record: Record) -> None:
-        match record.event:
-            case TdCall(leaf, rcx, status, count) if leaf == _ACCEPT:
-                self._accept(rcx, status, count)
-            case TdVmCall(name, r12, r13, status) if name == _MAP_GPA and status == VmCallStatus.SUCCESS:
-                self._map_gpa(r12, r13)
-            case PageAdd(start, end):
-                self.accepted.add(start, end)
+        event = record.event
+        if isinstance(event, TdCall):
+            if event.leaf == _ACCEPT:
+                self._accept(event.rcx, event.status, event.count)
+        elif isinstance(event, TdVmCall):
+            if event.sub_function == _MAP_GPA and event.status == VmCallStatus.SUCCESS:
+                self._map_gpa(event.r12, event.r13)
+        elif isinstance(event, PageAdd):
+            self.accepted.add(event.start, event.end)
 
     def _map_gpa(self, gpa: int, size: int) -> None:
         """Memory that was shared is accepted anew when it becomes private: its contents were the host's."""
@@ -100,12 +102,12 @@ class Sanitizer:
         end = start + count * LEVEL_SIZE[rcx & 7]
         done = name == TDX_SUCCESS
         text = "the accept succeeded" if done else status_name(status)
-        rule = AcceptanceRule.REPLAY if done else AcceptanceRule.AGAIN
-        for low, high in list(self.accepted.within(start, end)):
-            self.report(rule, low, high, f"accepted before, {text}", "one accept of a page in its life")
-        for low, high in list(self.shared.within(start, end)):
-            self.report(AcceptanceRule.SHARED, low, high, f"shared, {text}", "MapGPA to private before the accept")
+        if self.accepted.overlaps(start, end):
+            rule = AcceptanceRule.REPLAY if done else AcceptanceRule.AGAIN
+            for low, high in list(self.accepted.within(start, end)):
+                self.report(rule, low, high, f"accepted before, {text}", "one accept of a page in its life")
+        if self.shared.overlaps(start, end):
+            for low, high in list(self.shared.within(start, end)):
+                self.report(AcceptanceRule.SHARED, low, high, f"shared, {text}", "MapGPA to private before the accept")
         if done:
-            for low, high in list(self._ram.gaps(start, end)):
-                self.report(AcceptanceRule.NO_RAM, low, high, f"no RAM, {text}", "RAM")
             self.accepted.add(start, end)
