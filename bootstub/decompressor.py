@@ -7,21 +7,19 @@ accepted before anything is written to it. The kernel goes where ``nokaslr`` put
 from __future__ import annotations
 
 from bootstub.boot_params import BOOT_PARAMS
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
+from bootstub.events import KernelPlaced
+from bootstub.kernel_layout import KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR, MIN_KERNEL_ALIGN, STARTUP_64_OFFSET
 from bootstub.payload import decompress as decompress_payload
 from bootstub.payload import output_len
 from bootstub.unaccepted_memory import accept_memory
-from bootstub.vmlinux import Vmlinux, load_segments
+from bootstub.vmlinux import Vmlinux, load_segments, place_segments
 from guest.bitmap import GuestBitmap
 from guest.errors import FormatError
 from guest.machine import Machine
-from guest.memory import GuestMemory
 from guest.records import GuestRecord
-from guest.units import PMD_SIZE, SZ_1G, round_up
+from guest.units import round_up
 from tdx.guest import PlatformAccept
 
-MIN_KERNEL_ALIGN = PMD_SIZE
-KERNEL_IMAGE_SIZE = SZ_1G
 _E_ENTRY_OFFSET = 24
 _SOURCE = "arch/x86/boot/compressed/misc.c, extract_kernel()"
 
@@ -50,7 +48,7 @@ def decompress(machine: Machine) -> None:
     place_segments(memory, kernel, output)
     machine.print(text + "Parsing ELF... No relocation needed... done.")
     machine.print("Booting the kernel.")
-    machine.note(f"kernel at {output:#x}, {len(kernel.segments)} segments")
+    machine.trace.add(KernelPlaced(output, LOAD_PHYSICAL_ADDR, len(kernel.segments)))
     regs.rip = output + _entry_offset(kernel, needed)
 
 
@@ -95,13 +93,6 @@ def _check_segments(kernel: Vmlinux, needed: int) -> None:
             found = f"[{segment.p_paddr:#x}, {segment.p_paddr + segment.p_filesz:#x})"
             expected = f"a place inside the {needed:#x} bytes from {LOAD_PHYSICAL_ADDR:#x} on"
             raise FormatError("PT_LOAD", at=segment.p_offset, found=found, expected=expected, source=_SOURCE)
-
-
-def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
-    """Move each segment from its place in the file unpacked at ``output`` to its place in memory, in order."""
-    for segment in kernel.segments:
-        data = memory.read(output + segment.p_offset, segment.p_filesz)
-        memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)
 
 
 def _entry_offset(kernel: Vmlinux, needed: int) -> int:

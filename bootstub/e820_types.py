@@ -28,7 +28,19 @@ _WORDS = {
     E820_TYPE_SOFT_RESERVED: "soft reserved",
 }
 
+_TYPES = {word: e820_type for e820_type, word in reversed(_WORDS.items())}
+_MAX_TYPE = 0xFFFFFFFF
+
 
 def type_word(e820_type: int) -> str:
     """What dmesg prints for ``e820_type``: ``usable``, ``ACPI data``, ``type 20``."""
     return _WORDS.get(e820_type, f"type {e820_type}")
+
+
+def type_of_word(word: str) -> int | None:
+    """The type that :func:`type_word` prints as ``word``; None if there is none. ``usable`` is RAM."""
+    if word in _TYPES:
+        return _TYPES[word]
+    number = word.removeprefix("type ")
+    known = number != word and number.isascii() and number.isdecimal() and len(number) <= len(str(_MAX_TYPE))
+    return int(number) if known and int(number) <= _MAX_TYPE else None

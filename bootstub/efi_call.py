@@ -1,20 +1,31 @@
 """Calling UEFI from the stub: through the function pointers in the tables, with arguments in guest memory.
 
-Source: drivers/firmware/efi/libstub/{efi-stub-helper,mem,alignedmem}.c.
+Source: drivers/firmware/efi/libstub/{efi-stub-helper,printk,mem,alignedmem}.c.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from uuid import UUID
 
-from firmware.efi_types import AllocateType, EfiMemoryType, EfiStatus, guid_bytes
+from firmware.console import EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL
+from firmware.efi_types import (
+    LINUX_EFI_BOOT_MEMMAP_GUID,
+    LOCATE_BY_PROTOCOL,
+    AllocateType,
+    EfiMemoryType,
+    EfiStatus,
+    guid_bytes,
+)
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from firmware.tables import (
     EFI_BOOT_SERVICES,
+    EFI_CONFIGURATION_TABLE,
     EFI_RUNTIME_SERVICES,
     EFI_SYSTEM_TABLE,
     EFI_SYSTEM_TABLE_SIGNATURE,
+    MAX_CONFIGURATION_TABLES,
 )
 from guest.machine import Machine
 from guest.records import GuestRecord
@@ -24,6 +35,10 @@ ULONG_MAX = (1 << 64) - 1
 _SCRATCH_SIZE = 512
 _SLOTS = 8
 _MAX_MAP_SIZE = 1 << 24
+_PRINT_PIECE = 96
+"""Characters that one OutputString() gets: what the scratch has room for."""
+EFI_BOOT_MEMMAP = struct.Struct("<QQI4xQQ")
+"""struct efi_boot_memmap before its descriptors: map_size, desc_size, desc_ver, map_key, buff_size."""
 
 
 class EfiError(Exception):
@@ -36,7 +51,7 @@ class EfiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BootMemmap:
-    """``struct efi_boot_memmap``: a memory map in a pool buffer of ``buff_size`` bytes at ``gpa``."""
+    """``struct efi_boot_memmap``: descriptors in ``buff_size`` bytes at ``gpa``, behind their header in one buffer."""
 
     gpa: int
     map_size: int
@@ -48,6 +63,11 @@ class BootMemmap:
     @property
     def nr_desc(self) -> int:
         return self.map_size // self.desc_size
+
+    @property
+    def pool(self) -> int:
+        """Address of the buffer, which begins with the header."""
+        return self.gpa - EFI_BOOT_MEMMAP.size
 
 
 class EfiCalls:
@@ -73,6 +93,10 @@ class EfiCalls:
         """Call a runtime service; returns its status."""
         return self._machine.call(self._runtime[service], *args)
 
+    def call(self, function: int, *args: int) -> int:
+        """Call a protocol's function; returns its status."""
+        return self._machine.call(function, *args)
+
     def slot(self, number: int, value: int = 0) -> int:
         """Address of scratch slot ``number`` (8 bytes, below 8), which now holds ``value``."""
         at = self._scratch + 8 * number
@@ -96,11 +120,11 @@ class EfiCalls:
         _check(self.boot("AllocatePages", kind, data, PFN_UP(size), at))
         return self.load(0)
 
-    def allocate_pages_at(self, address: int, size: int) -> bool:
-        """AllocatePages() of EfiLoaderData at ``address``; False if that is taken."""
+    def allocate_pages_at(self, address: int, size: int, type: EfiMemoryType = EfiMemoryType.EfiLoaderData) -> bool:
+        """AllocatePages() at ``address``; False if that is taken."""
         at = self.slot(0, address)
-        kind, data = AllocateType.AllocateAddress, EfiMemoryType.EfiLoaderData
-        return self.boot("AllocatePages", kind, data, PFN_UP(size), at) == EfiStatus.EFI_SUCCESS
+        status = self.boot("AllocatePages", AllocateType.AllocateAddress, type, PFN_UP(size), at)
+        return status == EfiStatus.EFI_SUCCESS
 
     def allocate_pool(self, size: int, type: EfiMemoryType = EfiMemoryType.EfiLoaderData) -> int:
         """AllocatePool(). Raises ``EfiError``."""
@@ -117,10 +141,70 @@ class EfiCalls:
         _check(self.boot("HandleProtocol", handle, at, self.slot(0)))
         return self.load(0)
 
-    def get_memory_map(self, slack_slots: int, type: EfiMemoryType, header: int = 0) -> BootMemmap:
+    def locate_protocol(self, guid: UUID) -> int | None:
+        """LocateProtocol(): address of the protocol's structure, None if nobody has it."""
+        at = self.bytes_at_scratch(guid_bytes(guid))
+        found = self.boot("LocateProtocol", at, 0, self.slot(0)) == EfiStatus.EFI_SUCCESS
+        return self.load(0) if found else None
+
+    def locate_handles(self, guid: UUID) -> None:
+        """LocateHandle() by protocol, asking for the size of the answer: what the stub does with none is nothing."""
+        at = self.bytes_at_scratch(guid_bytes(guid))
+        self.boot("LocateHandle", LOCATE_BY_PROTOCOL, at, 0, self.slot(1), 0)
+
+    def configuration_table(self, guid: UUID) -> int | None:
+        """Address of the configuration table ``guid``, None if there is none (get_efi_config_table())."""
+        size = EFI_CONFIGURATION_TABLE.sizeof()
+        count = min(self.system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
+        data = self.memory.read(self.system_table["ConfigurationTable"], count * size)
+        for at in range(0, len(data), size):
+            if data[at : at + 16] == guid_bytes(guid):
+                return int.from_bytes(data[at + 16 : at + size], "little")
+        return None
+
+    def install_configuration_table(self, guid: UUID, table: int) -> None:
+        """InstallConfigurationTable(); the table's buffer is given back if it fails. Raises ``EfiError``."""
+        status = self.boot("InstallConfigurationTable", self.bytes_at_scratch(guid_bytes(guid)), table)
+        if status != EfiStatus.EFI_SUCCESS:
+            self.free_pool(table)
+            raise EfiError(status)
+
+    def get_variable(self, name: str, vendor: UUID, size: int = 1) -> tuple[int, int]:
+        """GetVariable() into ``size`` bytes, 8 at most: status and value. Slot 1 has the size that it says."""
+        status = self._get_variable(name, vendor, size, self.slot(2) if size else 0)
+        return status, self.load(2) & (1 << 8 * size) - 1
+
+    def read_variable(self, name: str, vendor: UUID, at: int, size: int) -> int:
+        """GetVariable() into ``size`` bytes at ``at``; the bytes that it has, 0 if it cannot be read or is too long."""
+        if not size or self._get_variable(name, vendor, size, at) != EfiStatus.EFI_SUCCESS:
+            return 0
+        return self.load(1)
+
+    def _get_variable(self, name: str, vendor: UUID, size: int, data: int) -> int:
+        text = (name + "\0").encode("utf-16-le")
+        name_at = self.bytes_at_scratch(text)
+        vendor_at = self.bytes_at_scratch(guid_bytes(vendor), behind=len(text))
+        return self.runtime("GetVariable", name_at, vendor_at, 0, self.slot(1, size), data)
+
+    def print(self, text: str) -> None:
+        """efi_printk(): a line on the console."""
+        console = self.system_table["ConOut"]
+        if not console:
+            return
+        output = GuestRecord(self.memory, console, EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL)["OutputString"]
+        line = f"EFI stub: {text}\r\n"
+        for at in range(0, len(line), _PRINT_PIECE):
+            piece = self.bytes_at_scratch((line[at : at + _PRINT_PIECE] + "\0").encode("utf-16-le"))
+            self._machine.call(output, console, piece)
+
+    def print_error(self, text: str) -> None:
+        """efi_err()."""
+        self.print(f"ERROR: {text}")
+
+    def get_memory_map(self, slack_slots: int, install: bool = False) -> BootMemmap:
         """efi_get_memory_map(): the map in a pool buffer with room for ``slack_slots`` descriptors more.
 
-        ``header`` bytes are left free before it. Raises ``EfiError``.
+        With ``install`` the buffer outlives the stub, as a configuration table. Raises ``EfiError``.
         """
         needed = self._get_memory_map(0, 0)
         if needed.status != EfiStatus.EFI_BUFFER_TOO_SMALL or needed.desc_size == 0:
@@ -128,18 +212,23 @@ class EfiCalls:
         buff_size = needed.map_size + needed.desc_size * slack_slots
         if not 0 < buff_size <= _MAX_MAP_SIZE:
             raise EfiError(EfiStatus.EFI_OUT_OF_RESOURCES)
-        gpa = self.allocate_pool(header + buff_size, type)
-        got = self._get_memory_map(gpa + header, buff_size)
-        if got.status != EfiStatus.EFI_SUCCESS:
-            self.free_pool(gpa)
-            raise EfiError(got.status)
-        return BootMemmap(gpa + header, got.map_size, got.desc_size, got.desc_ver, got.map_key, buff_size)
+        kind = EfiMemoryType.EfiACPIReclaimMemory if install else EfiMemoryType.EfiLoaderData
+        pool = self.allocate_pool(EFI_BOOT_MEMMAP.size + buff_size, kind)
+        if install:
+            self.install_configuration_table(LINUX_EFI_BOOT_MEMMAP_GUID, pool)
+        try:
+            return self.refresh_memory_map(pool + EFI_BOOT_MEMMAP.size, buff_size)
+        except EfiError:
+            self.free_pool(pool)
+            raise
 
-    def refresh_memory_map(self, memmap: BootMemmap) -> BootMemmap:
-        """GetMemoryMap() into the same buffer again; nothing may be allocated now. Raises ``EfiError``."""
-        got = self._get_memory_map(memmap.gpa, memmap.buff_size)
+    def refresh_memory_map(self, gpa: int, buff_size: int) -> BootMemmap:
+        """GetMemoryMap() into the buffer at ``gpa``, behind its header. Raises ``EfiError``."""
+        got = self._get_memory_map(gpa, buff_size)
         _check(got.status)
-        return BootMemmap(memmap.gpa, got.map_size, got.desc_size, got.desc_ver, got.map_key, memmap.buff_size)
+        fields = got.map_size, got.desc_size, got.desc_ver, got.map_key, buff_size
+        self.memory.write(gpa - EFI_BOOT_MEMMAP.size, EFI_BOOT_MEMMAP.pack(*fields))
+        return BootMemmap(gpa, *fields)
 
     def descriptors(self, memmap: BootMemmap) -> list[MemoryDescriptor]:
         """The descriptors of a map in guest memory, in their order."""

@@ -6,8 +6,6 @@ setup_e820(); efi_exit_boot_services() in efi-stub-helper.c.
 
 from __future__ import annotations
 
-import struct
-
 from bootstub.boot_params import (
     BOOT_E820_ENTRY,
     BOOT_PARAMS,
@@ -16,58 +14,19 @@ from bootstub.boot_params import (
     BootE820Entry,
     build_e820_table,
 )
-from bootstub.e820_types import (
-    E820_TYPE_ACPI,
-    E820_TYPE_NVS,
-    E820_TYPE_PMEM,
-    E820_TYPE_RAM,
-    E820_TYPE_RESERVED,
-    E820_TYPE_SOFT_RESERVED,
-    E820_TYPE_UNUSABLE,
-)
 from bootstub.efi_call import BootMemmap, EfiCalls, EfiError
+from bootstub.efi_e820 import continues, e820_type_of
 from bootstub.protocol import Protocol
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
-from bootstub.unaccepted_memory import Accept, bitmap_size, process_unaccepted_memory
-from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType, EfiStatus
+from bootstub.unaccepted_memory import Accept
+from firmware.efi_types import EfiMemoryType, EfiStatus
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
-from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.records import GuestRecord, field_extents
 
 _ENTRY_SIZE = BOOT_E820_ENTRY.sizeof()
 _SETUP_DATA_SIZE = SETUP_DATA.sizeof()
 ALT_MEM_K = 32 * 1024
-EFI_BOOT_MEMMAP = struct.Struct("<QQI4xQQ")
-"""struct efi_boot_memmap before its descriptors: map_size, desc_size, desc_ver, map_key, buff_size."""
-
-_E820_TYPES = {
-    EfiMemoryType.EfiReservedMemoryType: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiLoaderCode: E820_TYPE_RAM,
-    EfiMemoryType.EfiLoaderData: E820_TYPE_RAM,
-    EfiMemoryType.EfiBootServicesCode: E820_TYPE_RAM,
-    EfiMemoryType.EfiBootServicesData: E820_TYPE_RAM,
-    EfiMemoryType.EfiRuntimeServicesCode: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiRuntimeServicesData: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiConventionalMemory: E820_TYPE_RAM,
-    EfiMemoryType.EfiUnusableMemory: E820_TYPE_UNUSABLE,
-    EfiMemoryType.EfiACPIReclaimMemory: E820_TYPE_ACPI,
-    EfiMemoryType.EfiACPIMemoryNVS: E820_TYPE_NVS,
-    EfiMemoryType.EfiMemoryMappedIO: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiMemoryMappedIOPortSpace: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiPalCode: E820_TYPE_RESERVED,
-    EfiMemoryType.EfiPersistentMemory: E820_TYPE_PMEM,
-    EfiMemoryType.EfiUnacceptedMemoryType: E820_TYPE_RAM,
-}
-_SOFT_RESERVABLE = frozenset(
-    {
-        EfiMemoryType.EfiLoaderCode,
-        EfiMemoryType.EfiLoaderData,
-        EfiMemoryType.EfiBootServicesCode,
-        EfiMemoryType.EfiBootServicesData,
-        EfiMemoryType.EfiConventionalMemory,
-    }
-)
 
 
 class ExitBoot:
@@ -81,8 +40,9 @@ class ExitBoot:
         self, machine: Machine, efi: EfiCalls, boot_params: int, accept: Accept, protocol: Protocol,
         soft_reserve: bool = True,
     ) -> None:  # fmt: skip
-        self._machine, self._efi, self._accept = machine, efi, accept
+        self._machine, self._efi = machine, efi
         self._boot_params = GuestRecord(machine.memory, boot_params, BOOT_PARAMS)
+        self._record = protocol.record(machine, efi, self._boot_params, accept)
         self._slack = protocol.efi_mmap_nr_slack_slots
         self._soft_reserve = soft_reserve
         self._e820ext = self._e820ext_size = 0
@@ -100,34 +60,23 @@ class ExitBoot:
 
     def _allocate_e820(self) -> None:
         """Room for entries beyond 128, and the bitmap, both sized by the memory map of this moment."""
-        memmap = self._efi.get_memory_map(self._slack, EfiMemoryType.EfiLoaderData)
+        memmap = self._efi.get_memory_map(self._slack)
         try:
             beyond = memmap.nr_desc - E820_MAX_ENTRIES_ZEROPAGE + self._slack
             if beyond > 0:
                 self._e820ext_size = _SETUP_DATA_SIZE + _ENTRY_SIZE * beyond
                 self._e820ext = self._efi.allocate_pool(self._e820ext_size)
-            self._allocate_unaccepted_bitmap(self._efi.descriptors(memmap))
+            self._record.allocate(self._efi.descriptors(memmap))
         finally:
-            self._efi.free_pool(memmap.gpa)
-
-    def _allocate_unaccepted_bitmap(self, descriptors: list[MemoryDescriptor]) -> None:
-        size = bitmap_size(descriptors)
-        if size is None:
-            self._boot_params["unaccepted_memory"] = 0
-            return
-        bitmap = self._efi.allocate_pages(size)
-        self._machine.memory.clear(bitmap, bitmap + size)
-        self._boot_params["unaccepted_memory"] = bitmap
-        self._machine.note(f"unaccepted memory bitmap at {bitmap:#x}, {size:#x} bytes")
+            self._efi.free_pool(memmap.pool)
 
     def _exit_boot_services(self, image_handle: int) -> None:
         """Two tries: a changed map makes the first fail, and then nothing may be allocated any more."""
-        header = EFI_BOOT_MEMMAP.size
-        memmap = self._efi.get_memory_map(self._slack, EfiMemoryType.EfiACPIReclaimMemory, header)
+        memmap = self._efi.get_memory_map(self._slack, install=True)
         self._record_memmap(memmap)
         if self._efi.boot("ExitBootServices", image_handle, memmap.map_key) == EfiStatus.EFI_SUCCESS:
             return
-        memmap = self._efi.refresh_memory_map(memmap)
+        memmap = self._efi.refresh_memory_map(memmap.gpa, memmap.buff_size)
         self._record_memmap(memmap)
         status = self._efi.boot("ExitBootServices", image_handle, memmap.map_key)
         if status != EfiStatus.EFI_SUCCESS:
@@ -135,10 +84,6 @@ class ExitBoot:
 
     def _record_memmap(self, memmap: BootMemmap) -> None:
         """exit_boot_func(): efi_info names the map that the kernel will read."""
-        self._machine.memory.write(
-            memmap.gpa - EFI_BOOT_MEMMAP.size,
-            EFI_BOOT_MEMMAP.pack(memmap.map_size, memmap.desc_size, memmap.desc_ver, memmap.map_key, memmap.buff_size),
-        )
         params, system_table = self._boot_params, self._efi.system_table.gpa
         params["efi_info.efi_loader_signature"] = EFI64_LOADER_SIGNATURE
         params["efi_info.efi_systab"] = system_table & 0xFFFF_FFFF
@@ -157,26 +102,19 @@ class ExitBoot:
         data = self._machine.memory.read(at, params["efi_info.efi_memmap_size"])
         descriptors = unpack_map(data, stride, at=at)
         entries: list[BootE820Entry] = []
-        bitmap = GuestBitmap(self._machine.memory, params["unaccepted_memory"])
         for number, d in enumerate(descriptors):
-            kind = self._e820_type(d)
+            kind = e820_type_of(d, self._soft_reserve)
             if kind is None:
                 continue
             if d.type == EfiMemoryType.EfiUnacceptedMemoryType:
-                process_unaccepted_memory(bitmap, self._accept, d.start, d.end)
+                self._record.process(d.start, d.end)
             self._append(entries, d, kind, len(descriptors) - number)
         self._store(entries)
-
-    def _e820_type(self, d: MemoryDescriptor) -> int | None:
-        """The e820 type of a descriptor; None if the stub drops it."""
-        if self._soft_reserve and d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP and d.type in _SOFT_RESERVABLE:
-            return E820_TYPE_SOFT_RESERVED
-        return _E820_TYPES.get(d.type)  # type: ignore[call-overload, no-any-return]  # types > 15 occur
 
     def _append(self, entries: list[BootE820Entry], d: MemoryDescriptor, kind: int, left: int) -> None:
         """Add an entry, or let the previous one grow if it ends here and has the same type."""
         last = entries[-1] if entries else None
-        if last is not None and last.type == kind and last.addr + last.size == d.start:
+        if last is not None and continues(last, d, kind):
             entries[-1] = BootE820Entry(last.addr, last.size + d.end - d.start, kind)
             return
         if len(entries) == E820_MAX_ENTRIES_ZEROPAGE and self._e820ext_size < left * _ENTRY_SIZE + _SETUP_DATA_SIZE:

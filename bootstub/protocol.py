@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol as Interface
+
+from bootstub.efi_call import EfiCalls
+from bootstub.unaccepted_memory import Accept, BitmapOfStub
+from bootstub.unaccepted_table import TableOfStub
+from firmware.memory_descriptor import MemoryDescriptor
+from guest.machine import Machine
+from guest.records import GuestRecord
+from tdx.guest import tdx_accept_memory, tdx_accept_memory_v9
+
+
+class UnacceptedRecord(Interface):
+    """Where a stub writes down what memory is unaccepted."""
+
+    def allocate(self, descriptors: Iterable[MemoryDescriptor]) -> None:
+        """Make room for a record of what is unaccepted in this memory map, while boot services run."""
+        ...
+
+    def process(self, start: int, end: int) -> None:
+        """Put ``[start, end)`` on record, and accept at once what the record cannot describe."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,14 +32,22 @@ class Protocol:
     """Facts of one version of the boot code.
 
     ``efi_mmap_nr_slack_slots``: descriptors that the stub keeps room for because its own calls may split the map
-    (drivers/firmware/efi/libstub/efistub.h, EFI_MMAP_NR_SLACK_SLOTS).
+    (drivers/firmware/efi/libstub/efistub.h, EFI_MMAP_NR_SLACK_SLOTS). ``unpacks_in_stub``: the stub itself unpacks
+    the kernel, while boot services run; there is no decompressor behind it. ``record``: how unaccepted memory is
+    handed on. ``accept``: how a TD accepts a range.
     """
 
     name: str
     efi_mmap_nr_slack_slots: int
+    unpacks_in_stub: bool
+    record: Callable[[Machine, EfiCalls, GuestRecord, Accept], UnacceptedRecord]
+    accept: Callable[[Machine, int, int], bool]
 
 
-V9 = Protocol(name="v9", efi_mmap_nr_slack_slots=8)
+V9 = Protocol("v9", 8, False, BitmapOfStub, tdx_accept_memory_v9)
 """[PATCHv9 00/14] Implement support for unaccepted memory, on 6.3-rc."""
 
-PROTOCOLS = {protocol.name: protocol for protocol in (V9,)}
+MAINLINE = Protocol("mainline", 32, True, TableOfStub, tdx_accept_memory)
+"""What was merged for 6.5, in the shape of 6.12."""
+
+PROTOCOLS = {protocol.name: protocol for protocol in (V9, MAINLINE)}

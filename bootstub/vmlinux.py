@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
+from elftools.elf.elffile import ELFFile
 from elftools.elf.structs import ELFStructs
 
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from guest.errors import FormatError
-from guest.units import PHYSICAL_ADDRESS_END, SZ_2M
+from guest.memory import GuestMemory
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_2M, round_up
 
 _PARSE_ELF = "arch/x86/boot/compressed/misc.c, parse_elf()"
 _ELF_SPEC = "ELF-64 Object File Format, version 1.5"
@@ -76,6 +81,33 @@ def load_segments(data: bytes) -> Vmlinux:
         raise FormatError("e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF)
     ends += [segment.p_offset + segment.p_filesz for segment in segments]
     return Vmlinux(ehdr.e_entry, segments, max(ends))
+
+
+def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:
+    """Move each segment from its place in the file unpacked at ``output`` to its place in memory, in order."""
+    for segment in kernel.segments:
+        data = memory.read(output + segment.p_offset, segment.p_filesz)
+        memory.write(output + segment.p_paddr - LOAD_PHYSICAL_ADDR, data)
+
+
+def kernel_total_size(data: bytes, kernel: Vmlinux) -> int:
+    """Bytes from ``_text`` to ``_end``, which the linker of the decompressor knows as a constant.
+
+    ``_end`` lies behind the section ``.brk``; in some kernels scratch space follows it, which has no use in memory
+    once they run. A file without that section ends with its last segment.
+    """
+    start = min(segment.p_paddr for segment in kernel.segments)
+    try:
+        brk = ELFFile(io.BytesIO(data)).get_section_by_name(".brk")
+    except (ELFError, ConstructError, UnicodeDecodeError, OverflowError) as error:
+        raise FormatError(
+            "section headers", at=0, found=f"{type(error).__name__}: {error}"[:80], expected="names of sections",
+            source=_ELF_SPEC,
+        ) from error  # fmt: skip
+    if brk is None:
+        return max(segment.p_paddr + segment.p_memsz for segment in kernel.segments) - start
+    text = min(segment.p_vaddr for segment in kernel.segments if segment.p_paddr == start)
+    return round_up(brk["sh_addr"] + brk["sh_size"], PAGE_SIZE) - text
 
 
 def _check_ident(data: bytes) -> None:

@@ -12,9 +12,9 @@ import struct
 from functools import lru_cache
 
 from bootstub.bzimage import parse_bzimage
-from bootstub.decompressor import place_segments
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from bootstub.payload import decompress
+from bootstub.relocations import load_kernel
 from bootstub.vmlinux import load_segments
 from guest.memory import GuestMemory
 
@@ -50,12 +50,14 @@ def find_payload_users(bzimage: bytes) -> tuple[int, ...]:
     return tuple(sorted(functions))
 
 
-def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int) -> int:
-    """Do the function's work without relocation: unpack at ``output``, place the segments; the entry's offset."""
+def unpack_kernel(memory: GuestMemory, bzimage: bytes, output: int, virtual: int) -> int:
+    """Do the function's work: unpack at ``output``, place the segments, move them to ``virtual``; the entry's offset.
+
+    ``virtual`` is counted from the start of the kernel's mapping, as the function's own argument is.
+    """
     vmlinux = decompress(parse_bzimage(bzimage).payload(bzimage))
     kernel = load_segments(vmlinux)
-    memory.write(output, vmlinux)
-    place_segments(memory, kernel, output)
+    load_kernel(memory, vmlinux, kernel, output, virtual)
     return kernel.entry - LOAD_PHYSICAL_ADDR
 
 

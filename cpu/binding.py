@@ -1,4 +1,5 @@
-"""Unicorn, and the cures for what its binding cannot do. Everything that depends on its build is in this file.
+"""Unicorn, and the cures for what its binding cannot do. What depends on its build is here, in ``cpu.build`` and in
+``cpu.rdrand``.
 
 Unicorn 2.1.4 delivers no exception through the IDT, keeps a stale ``old_exception`` that turns the second page
 fault into a double fault, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of
@@ -9,16 +10,12 @@ in it is known for one version, and checked before the engine is used.
 from __future__ import annotations
 
 import ctypes
-import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from guest.errors import BootError
-
-KNOWN_VERSION = "2.1.4"
-EXTRA = "unaccepted[cpu]"
+from cpu.build import KNOWN_VERSION, EngineError, find_register, import_unicorn
+from cpu.rdrand import RandomNumbers, first_number
 
 # struct CPUX86State of unicorn 2.1.4, x86-64 Linux: offsets in bytes
 _REGS, _RIP, _RFLAGS, _HFLAGS, _SEGMENTS = 0, 128, 136, 176, 184
@@ -31,10 +28,8 @@ _NO_EXCEPTION = -1
 _CPL_MASK = 3
 _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
+_RDRAND = b"\x48\x0f\xc7\xf0"  # rdrand rax
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
-_TRIES = 5
-_MARKERS = (0x5A5A_1234_DEAD_BEEF, 0x3C3C_4321_FEED_F00D, 0x6996_5555_0FF1_CE00)
-_ENGINE_SCAN, _STATE_SCAN = 4096, 1 << 16
 
 # What the exception hook gets for an intercepted instruction: EXCP_VMEXIT + exit code of SVM
 EXCP_VMEXIT = 0x100
@@ -46,10 +41,6 @@ REGISTER_ORDER = (
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
-
-
-class EngineError(BootError):
-    """Unicorn is missing, or it is not the build that this file knows."""
 
 
 class CpuState:
@@ -146,14 +137,15 @@ class CpuState:
 
 
 class Engine:
-    """An x86-64 Unicorn engine with its CPU state laid open."""
+    """An x86-64 Unicorn engine with its CPU state laid open. ``seed`` decides what RDRAND and RDSEED give."""
 
-    def __init__(self) -> None:
-        self.unicorn = _import_unicorn()
+    def __init__(self, seed: int = 0) -> None:
+        self.unicorn = import_unicorn()
         self.const = self.unicorn.x86_const
         self.uc = self.unicorn.Uc(self.unicorn.UC_ARCH_X86, self.unicorn.UC_MODE_64)
         self.uc.ctl_set_cpu_model(self.const.UC_CPU_X86_SKYLAKE_SERVER)  # pages of 1 GiB, SMEP, SMAP
-        self.state = CpuState(_find_state(self.uc, self.const))
+        self.state = CpuState(find_register(self.uc, self.const.UC_X86_REG_R15) - _REGS - 15 * 8)
+        self._random = RandomNumbers(seed)
         self._callbacks: list[object] = []
 
     def run(self, rip: int) -> None:
@@ -162,7 +154,8 @@ class Engine:
         self.uc.ctl_set_exits([])
         self.state.forget_exception()
         try:
-            self.uc.emu_start(rip, 0)
+            with self._random:
+                self.uc.emu_start(rip, 0)
         except self.unicorn.UcError as error:
             if self.uc._hook_exception is not None:
                 raise self.uc._hook_exception from None
@@ -217,7 +210,7 @@ class Engine:
 
 
 def self_test() -> None:
-    """Run a page fault and an intercepted CPUID through a small engine: is the state laid out as this file says?
+    """Run a page fault, RDRAND and an intercepted CPUID through a small engine: is its build as these files say?
 
     Raises ``EngineError`` with the version that is known.
     """
@@ -239,14 +232,19 @@ def self_test() -> None:
     engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
     engine.run(0)
     layout = seen == [(14, 14, _UNMAPPED)] and engine.state.rip == 0
-    engine.uc.mem_write(_TEST_CPUID, b"\x0f\xa2")
+    engine.uc.mem_write(_TEST_CPUID - len(_RDRAND), _RDRAND + b"\x0f\xa2")
     engine.state.intercept(0, [SVM_EXIT_CPUID])
-    engine.run(_TEST_CPUID)
+    engine.run(_TEST_CPUID - len(_RDRAND))
     layout &= seen[1:] == [(EXCP_VMEXIT + SVM_EXIT_CPUID, _NO_EXCEPTION, _UNMAPPED)] and engine.state.rip == _TEST_CPUID
     if not layout or engine.state.dr[6:] != [_DR6_INIT, _DR7_INIT]:
         raise EngineError(
             f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
             f"(a page fault and a CPUID look like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
+        )
+    if engine.state.regs[RAX] != first_number(0):
+        raise EngineError(
+            f"unicorn {engine.unicorn.__version__}: RDRAND does not draw its numbers as in {KNOWN_VERSION}; "
+            f"pip install 'unicorn=={KNOWN_VERSION}'"
         )
 
 
@@ -258,48 +256,3 @@ def _identity_tables(base: int) -> bytes:
 
     upper = b"".join(table([base + 0x1000 * (level + 1) | 3]) for level in range(3))
     return upper + table([page << 12 | 3 for page in range(16)])
-
-
-def _import_unicorn() -> Any:
-    try:
-        import unicorn
-    except ImportError as error:
-        raise EngineError(f"running machine code needs unicorn: pip install '{EXTRA}'") from error
-    return unicorn
-
-
-def _find_state(uc: Any, const: Any) -> int:
-    """Address of CPUX86State: the one place, near a pointer in the engine, that follows R15.
-
-    What else the process does with its memory meanwhile may hide it for once, so it is looked for a few times.
-    """
-    found = 0
-    for _ in range(_TRIES):
-        uc.reg_write(const.UC_X86_REG_R15, _MARKERS[0])
-        candidates = set(_pointed_to(uc._uch.value, _MARKERS[0].to_bytes(8, "little")))
-        for marker in _MARKERS[1:]:  # a copy of the first marker, in this very function for one, does not follow
-            uc.reg_write(const.UC_X86_REG_R15, marker)
-            candidates = {at for at in candidates if ctypes.c_uint64.from_address(at).value == marker}
-        uc.reg_write(const.UC_X86_REG_R15, 0)
-        found = len(candidates)
-        if found == 1:
-            return candidates.pop() - 15 * 8
-    raise EngineError(f"unicorn: CPU state found in {found} places; known to work: unicorn {KNOWN_VERSION}")
-
-
-def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
-    """Addresses of ``pattern`` near what the words of the engine's structure point to."""
-    regions = list(_writable_regions())
-    for word in struct.unpack(f"<{_ENGINE_SCAN // 8}Q", ctypes.string_at(engine, _ENGINE_SCAN)):
-        for start, end in regions:
-            if start <= word < end:
-                near = ctypes.string_at(word, min(end - word, _STATE_SCAN))
-                yield from (word + match.start() for match in re.finditer(re.escape(pattern), near))
-
-
-def _writable_regions() -> Iterator[tuple[int, int]]:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        where, permissions = line.split()[:2]
-        if permissions == "rw-p":
-            start, end = where.split("-")
-            yield int(start, 16), int(end, 16)

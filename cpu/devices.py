@@ -21,7 +21,10 @@ _TIMER = range(0x40, 0x44)
 
 
 class Uart:
-    """A 16550A that sends at once. ``put`` gets each complete line, without its end."""
+    """A 16550A that sends at once.
+
+    ``put`` gets each complete line, without its end; bytes that are no UTF-8 read ``\\xff``, so that none is lost.
+    """
 
     def __init__(self, put: Callable[[str], None]) -> None:
         self._put = put
@@ -61,7 +64,7 @@ class Uart:
         if self._registers[_MCR] & _MCR_LOOP:
             return
         if value == 0x0A:
-            self._put(self._line.decode("utf-8", errors="replace").rstrip("\r"))
+            self._put(self._line.removesuffix(b"\r").decode("utf-8", errors="backslashreplace"))
             self._line.clear()
         else:
             self._line.append(value)

@@ -22,8 +22,8 @@ from cpu.binding import (
     SVM_EXIT_MSR,
     SVM_EXIT_WRITE_DR7,
     Engine,
-    EngineError,
 )
+from cpu.build import EngineError
 from cpu.exceptions import LinearMemory
 from guest.units import PAGE_SIZE
 from tdx.msr import NATIVE_READS, NATIVE_WRITES

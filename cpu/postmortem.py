@@ -12,6 +12,7 @@ from cpu.binding import CpuState
 from cpu.exceptions import NAMES
 from cpu.symbols import Symbols
 from cpu.vcpu import Vcpu
+from guest.errors import BootError, MemoryFault
 from guest.registers import Registers
 from guest.trace import Record, Trace
 from guest.units import SZ_1M, round_up
@@ -30,9 +31,10 @@ _ROWS = (
 )
 
 
-def report(vcpu: Vcpu, trace: Trace, symbols: Symbols) -> list[str]:
-    """The lines of a report on a processor that has stopped. Nothing is changed."""
+def report(vcpu: Vcpu, trace: Trace, symbols: Symbols, death: BootError | None = None) -> list[str]:
+    """The lines of a report on a processor that has stopped, of ``death`` if it died. Nothing is changed."""
     return [
+        *_fault(vcpu, symbols, death),
         *_registers(vcpu.registers(), vcpu.state, symbols),
         "Call Trace:",
         *_call_trace(vcpu, symbols),
@@ -40,6 +42,15 @@ def report(vcpu: Vcpu, trace: Trace, symbols: Symbols) -> list[str]:
         f"Last events of {trace.count}:",
         *(_event(record) for record in trace.records[-LAST_EVENTS:]),
     ]
+
+
+def _fault(vcpu: Vcpu, symbols: Symbols, death: BootError | None) -> Iterator[str]:
+    """What was touched, by which instruction, and what was wrong with it, in one line."""
+    if isinstance(death, MemoryFault):
+        rip = vcpu.registers().rip
+        where = symbols.name(rip)
+        name = "" if where == f"{rip:#x}" else f" ({where})"
+        yield f"BUG: {death.kind} of {death.size} bytes at {death.gpa:#x} by RIP {rip:#x}{name}: page is {death.state}"
 
 
 def _registers(regs: Registers, state: CpuState, symbols: Symbols) -> Iterator[str]:

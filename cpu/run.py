@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bootstub.bzimage import parse_bzimage
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR, STARTUP_64_OFFSET
 from cpu.answer import entry_offset, find_payload_users, unpack_kernel
 from cpu.binding import RAX, RDI, RSI, RSP, self_test
-from cpu.counter import BlockCounter
+from cpu.counter import InstructionCounter
+from cpu.counter import self_test as counter_self_test
 from cpu.devices import Devices
 from cpu.exits import NO_VE, VeConfig
 from cpu.vcpu import Vcpu
@@ -23,11 +24,11 @@ from guest.errors import GuestPanic
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.trace import Print, Record, ServiceCall
-from guest.units import PAGE_SHIFT, round_up
+from guest.units import PAGE_SHIFT, PMD_SIZE, round_up
 from tdx.events import TdCall
 from tdx.leaves import Leaf
 
-TICK_BLOCKS = 1 << 22
+TICK_INSTRUCTIONS = 1 << 24
 UNTIL_ACCEPT = "accept"
 PANIC_END = "---[ end Kernel panic"
 END_LINES = ("unaccepted-init: done", "reboot: System halted", "reboot: Power down")
@@ -44,8 +45,9 @@ class RunOptions:
 
     ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
     is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
-    kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``: basic
-    blocks. ``ve``: what raises #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
+    kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``:
+    instructions. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises #VE; then the host needs the
+    ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
@@ -53,12 +55,13 @@ class RunOptions:
     timeout: int | None = None
     ve: VeConfig = NO_VE
     skip: bool = False
+    seed: int = 0
 
 
 class RealCode:
     """A vCPU that runs the code of ``image``, a bzImage that the firmware has loaded.
 
-    ``progress`` is called with the number of basic blocks every few million of them.
+    ``progress`` is called with the number of instructions every few million of them.
     """
 
     def __init__(
@@ -66,12 +69,16 @@ class RealCode:
         progress: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         self_test()
+        counter_self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
         self.devices = Devices(machine.print)
-        self.vcpu = Vcpu(machine, physical, self.devices, options.ve)
-        self.counter = BlockCounter(self.vcpu.engine, TICK_BLOCKS, self._tick)
+        self.vcpu = Vcpu(machine, physical, self.devices, options.ve, options.seed)
+        self.counter = InstructionCounter(self.vcpu.engine, _tick_interval(options.timeout), self._tick)
+        self.running = False
+        """Whether the vCPU runs now; then its registers are the guest's, not those of the machine."""
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
+        self._boot_params: int | None = None
         self._entry: int | None = None
 
     def stub(self) -> None:
@@ -94,18 +101,27 @@ class RealCode:
         if self._options.skip:
             self._run_to_unpacking(self._moved(startup_32))
         else:
-            self._run_to_the_door(self._moved(startup_32), answer=False)
+            self._boot_params = self._machine.regs.rsi
+            self._run_to_the_door(self._moved(startup_32), answer=not self._options.full)
 
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
         trace = self._machine.trace
         trace.watchers.append(self._watch)
         try:
-            self.vcpu.run(self._machine.regs.rip)
+            self._run()
         except _Reached:
             self._machine.note(f"stopped at {self._options.until!r}")
         finally:
             trace.watchers.remove(self._watch)
+
+    def _run(self) -> None:
+        """Run from where the machine stands until a hook stops the vCPU; the machine then stands where that did."""
+        self.running = True
+        try:
+            self.vcpu.run(self._machine.regs.rip)
+        finally:
+            self.running = False
             self._machine.regs = self.vcpu.registers()
 
     def _run_to_unpacking(self, base: int) -> None:
@@ -117,8 +133,7 @@ class RealCode:
 
         self.vcpu.break_at(base + find_payload_users(self._image)[0], stop)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self.unpacked_for is None:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
 
@@ -126,11 +141,10 @@ class RealCode:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
         self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
-        self.vcpu.run(self._machine.regs.rip)
-        self._machine.regs = self.vcpu.registers()
+        self._run()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
-        self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} basic blocks")
+        self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} instructions")
 
     def _moved(self, startup_32: int) -> int:
         """Where the image lies once the decompressor at ``startup_32`` has moved itself out of its own way.
@@ -154,20 +168,40 @@ class RealCode:
             self.vcpu.break_at(base + offset, lambda: self._on_unpacking(answer))
 
     def _on_unpacking(self, answer: bool) -> None:
-        """A function that unpacks the kernel was entered: RDI = output, RSI = virtual address.
+        """A function that unpacks the kernel was entered.
 
-        A kernel that is to move in virtual memory needs its relocations applied, which only the real code does.
+        decompress_kernel() has RDI = output, RSI = virtual address. extract_kernel() has RDI = boot_params; it is not
+        answered, since it chooses the place and accepts it too.
         """
         regs = self.vcpu.state.regs
-        output, virtual = self.unpacked_for = regs[RDI], regs[RSI]
-        if answer and (self._options.skip or virtual == LOAD_PHYSICAL_ADDR):
-            memory, image = self._machine.memory, self._image
-            offset = entry_offset(image) if self._options.skip else unpack_kernel(memory, image, output)
-            self._expect_entry(output + offset)
-            self.vcpu.return_from_function(offset)
-            return
+        output, virtual = regs[RDI], regs[RSI]
+        if output != self._boot_params:
+            self.unpacked_for = output, virtual
+            if answer:
+                self._answer(output, virtual)
+                return
         return_address = int.from_bytes(self.vcpu.read(regs[RSP], 8), "little")
         self.vcpu.break_at(return_address, lambda: self._expect_entry(self._entry_of(output, regs[RAX])))
+
+    def _answer(self, output: int, virtual: int) -> None:
+        """Do what decompress_kernel() does, and return from it.
+
+        The decompressor's page tables grow by page faults, 2 MiB at a time. Where its code would have one, it gets
+        one; its handler goes back to where the function begins. Source: arch/x86/boot/compressed/ident_map_64.c,
+        do_boot_page_fault().
+        """
+        image = self._image
+        if self._options.skip:
+            offset = entry_offset(image)
+        else:
+            pages = range(output, output + parse_bzimage(image).init_size, PMD_SIZE)
+            missing = next((page for page in pages if not self.vcpu.peek(page, 1)), None)
+            if missing is not None:
+                self.vcpu.page_fault(missing)
+                return
+            offset = unpack_kernel(self._machine.memory, image, output, virtual)
+        self._expect_entry(output + offset)
+        self.vcpu.return_from_function(offset)
 
     @staticmethod
     def _entry_of(output: int, value: int) -> int:
@@ -185,8 +219,10 @@ class RealCode:
     def _watch(self, record: Record) -> None:
         """Stop where the user said, and where the kernel says that it goes no further."""
         event, until = record.event, self._options.until
-        if until == UNTIL_ACCEPT and isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
-            raise _Reached
+        if until == UNTIL_ACCEPT:
+            if isinstance(event, TdCall) and event.leaf == Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+                raise _Reached
+            until = None  # no text: the word is part of "unaccepted"
         if not isinstance(event, Print):
             return
         if PANIC_END in event.text:
@@ -198,4 +234,9 @@ class RealCode:
         if self._progress is not None:
             self._progress(self.counter.count)
         if self._options.timeout is not None and self.counter.count >= self._options.timeout:
-            raise self._machine.panic(f"stopped after {self.counter.count} basic blocks (--timeout)")
+            raise self._machine.panic(f"stopped after {self.counter.count} instructions (--timeout)")
+
+
+def _tick_interval(timeout: int | None) -> int:
+    """Instructions from tick to tick: at most ``TICK_INSTRUCTIONS``, and such that one is at ``timeout``."""
+    return -(-timeout // -(-timeout // TICK_INSTRUCTIONS)) if timeout else TICK_INSTRUCTIONS

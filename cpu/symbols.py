@@ -11,7 +11,7 @@ import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from guest.errors import FormatError
@@ -55,6 +55,13 @@ class Symbols:
     def address(self, name: str) -> int | None:
         """Address of the first symbol called ``name``; None if there is no such symbol."""
         return self.addresses[self.names.index(name)] if name in self.names else None
+
+    def placed(self, text: int) -> Symbols:
+        """These symbols where KASLR put them: ``_text`` at ``text``. As they are if there is no ``_text``."""
+        linked = self.address("_text")
+        distance = text - linked if linked is not None else 0
+        moved = (address + distance if address >= _KERNEL_HALF else address for address in self.addresses)
+        return replace(self, addresses=tuple(moved))
 
     def is_text(self, address: int) -> bool:
         """Whether ``address`` lies in a function."""

@@ -8,6 +8,7 @@ through a firmware table arrives at the same call gate.
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 from cpu.binding import RAX, RBX, RCX, RDX, REGISTER_ORDER, RSP, Engine
@@ -31,6 +32,8 @@ _SHADOW_SPACE = 0x28
 _MSR_EFER, _MSR_STAR, _MSR_LSTAR, _MSR_FMASK = 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084
 _CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1  # PG WP NE ET MP PE
 _CR4 = 1 << 5 | 1 << 9 | 1 << 10  # PAE OSFXSR OSXMMEXCPT
+_PF, _PF_WRITE = 14, 1 << 1
+_TSC_START_BITS = 40
 _TSC_STEP_NS, _TSC_NOISE_NS = 25, 16
 """Time between two reads of the TSC. Without noise, the kernel's jitter entropy source never believes it."""
 
@@ -38,14 +41,17 @@ _TSC_STEP_NS, _TSC_NOISE_NS = 25, 16
 class Vcpu:
     """One processor of the machine. ``physical`` are the bytes, which only the mapping of admitted memory uses.
 
-    ``devices`` answer IN and OUT that do not raise #VE. ``ve`` needs a machine on a TDX module.
+    ``devices`` answer IN and OUT that do not raise #VE. ``ve`` needs a machine on a TDX module. ``seed`` decides what
+    RDRAND and RDSEED give, and where the TSC begins.
     """
 
-    def __init__(self, machine: Machine, physical: PhysicalMemory, devices: Ports, ve: VeConfig = NO_VE) -> None:
+    def __init__(
+        self, machine: Machine, physical: PhysicalMemory, devices: Ports, ve: VeConfig = NO_VE, seed: int = 0
+    ) -> None:
         if ve.any and not isinstance(machine.platform, TdxModule):
             raise ValueError("#VE needs a machine on a TDX module")
         self._machine, self._physical, self._devices = machine, physical, devices
-        self.engine = Engine()
+        self.engine = Engine(seed)
         self.state = self.engine.state
         self._mapped = RangeSet()
         self._address_mask = (1 << 39) - PAGE_SIZE
@@ -54,6 +60,7 @@ class Vcpu:
         """Number of #VE so far by exit reason."""
         self._exits = InstructionExits(self.engine, self, ve)
         self._noise = 1
+        self._tsc_start = Random(f"TSC {seed}").getrandbits(_TSC_START_BITS)
         self.tsc: Callable[[], int] = self._virtual_tsc
         """What RDTSC reads."""
         self.breakpoints: dict[int, Callable[[], None]] = {}
@@ -90,6 +97,12 @@ class Vcpu:
         self.state.regs[RAX] = value
         self.state.regs[RSP] = stack + 8
         self.jump(int.from_bytes(self.read(stack, 8), "little"))
+
+    def page_fault(self, linear: int) -> None:
+        """Go on as if the instruction that is about to run had written to ``linear`` and found no page there."""
+        self.state.cr[2], self.state.error_code = linear, _PF_WRITE
+        self._deliver(_PF)
+        self.jump(self.state.rip)
 
     def jump(self, rip: int) -> None:
         """Go on at ``rip``."""
@@ -243,7 +256,7 @@ class Vcpu:
     def _virtual_tsc(self) -> int:
         self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
         self._machine.clock.advance(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
-        return self._machine.clock.ns * TSC_HZ // 1_000_000_000
+        return self._tsc_start + self._machine.clock.ns * TSC_HZ // 1_000_000_000
 
     def _on_syscall(self, uc: Any, data: Any) -> None:
         """SYSCALL: the engine leaves the change of rings to us, and adds 2 to RIP afterwards."""

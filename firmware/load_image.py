@@ -32,6 +32,8 @@ class FwCfg:
     kernel: bytes
     initrd: bytes = b""
     cmdline: str = ""
+    pci_express: bool = True
+    """The machine has PCIe configuration space in memory: q35, not pc. A real firmware asks the host bridge."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ purpose so that callers do not rely on the size of the structure, 40.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -76,10 +76,10 @@ def unpack_map(data: bytes, stride: int, *, at: int) -> list[MemoryDescriptor]:
     return [MemoryDescriptor(kind, start, pages, attribute) for kind, start, _, pages, attribute in fields]
 
 
-def check_map(descriptors: list[MemoryDescriptor], name: str) -> None:
-    """Refuse a map that a firmware cannot have: misaligned, wrapping, or two descriptors for one page.
+def check_descriptors(descriptors: Sequence[MemoryDescriptor], name: str) -> None:
+    """Refuse descriptors that no firmware has: not of whole pages, empty, or beyond 52 bits.
 
-    Raises ``FormatError`` that names the descriptor by its number in ``name``, or both that overlap.
+    Raises ``FormatError`` that names the descriptor by its number in ``name``.
     """
     for number, d in enumerate(descriptors):
         where = f"{name}: descriptor {number}"
@@ -90,6 +90,14 @@ def check_map(descriptors: list[MemoryDescriptor], name: str) -> None:
         if d.end > PHYSICAL_ADDRESS_END:
             found = f"{d.pages:#x} pages, which end at {d.end:#x}"
             raise FormatError(where, at=d.start, found=found, expected="an end up to 2^52", source=_SOURCE)
+
+
+def check_map(descriptors: Sequence[MemoryDescriptor], name: str) -> None:
+    """Refuse a map that a firmware cannot have: :func:`check_descriptors`, or two descriptors for one page.
+
+    Raises ``FormatError`` that names the descriptor by its number in ``name``, or both that overlap.
+    """
+    check_descriptors(descriptors, name)
     ordered = sorted(enumerate(descriptors), key=lambda item: item[1].start)
     for (low_number, low), (high_number, high) in pairwise(ordered):
         if low.end > high.start:

@@ -48,13 +48,15 @@ TOP_OF_LOW_RAM = (
 )
 """What lies at the top of the RAM below 4 GiB, from the top downwards: type and bytes."""
 
-MMIO = (
-    MemoryDescriptor.of_range(EfiMemoryType.EfiReservedMemoryType, 0xE000_0000, 0xF000_0000, 0),
-    MemoryDescriptor.of_range(
-        EfiMemoryType.EfiMemoryMappedIO, 0xFFC0_0000, SZ_4G, EfiMemoryAttribute.EFI_MEMORY_RUNTIME
-    ),
+PCIE_CONFIGURATION_SPACE = MemoryDescriptor.of_range(EfiMemoryType.EfiReservedMemoryType, 0xE000_0000, 0xF000_0000, 0)
+FLASH = MemoryDescriptor.of_range(
+    EfiMemoryType.EfiMemoryMappedIO, 0xFFC0_0000, SZ_4G, EfiMemoryAttribute.EFI_MEMORY_RUNTIME
 )
-"""PCIe configuration space and flash."""
+
+
+def mmio(pci_express: bool) -> list[MemoryDescriptor]:
+    """What is no RAM: flash, and PCIe configuration space if the machine has it."""
+    return [PCIE_CONFIGURATION_SPACE, FLASH] if pci_express else [FLASH]
 
 
 def low_memory(resources: list[Resource]) -> list[MemoryDescriptor]:

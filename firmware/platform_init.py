@@ -15,7 +15,7 @@ from firmware.hob import Resource, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import MMIO, low_memory
+from firmware.ovmf_layout import low_memory, mmio
 from firmware.paging import build_identity_map
 from firmware.system_table import build_system_table
 from guest.machine import Machine
@@ -34,15 +34,15 @@ _ALLOCATOR_TYPES = frozenset(EfiMemoryType) - {
 """What GetMemoryMap() takes from the page allocator; the rest comes from the GCD map, behind it."""
 
 
-def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None) -> None:
+def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None) -> MemoryMap:
     """Run the firmware on the HOB list at RCX.
 
     It leaves the image handle in RCX, the system table in RDX, a stack in RSP and the entry point in RIP. With
     ``given_map`` the firmware accepts nothing and publishes that map, in its order; the host has added all of it
-    but the unaccepted ranges.
+    but the unaccepted ranges. Returns the map, for a look from outside.
     """
     resources = read_hob_list(machine.memory, machine.regs.rcx)
-    memory_map = _given_map(given_map) if given_map is not None else _ovmf_map(machine, resources)
+    memory_map = _given_map(given_map) if given_map is not None else _ovmf_map(machine, resources, fw_cfg.pci_express)
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena)
     machine.regs.rdx = build_system_table(services)
@@ -55,6 +55,7 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
+    return memory_map
 
 
 def build_stack(services: EfiServices) -> int:
@@ -71,12 +72,12 @@ def build_stack(services: EfiServices) -> int:
     return rsp
 
 
-def _ovmf_map(machine: Machine, resources: list[Resource]) -> MemoryMap:
+def _ovmf_map(machine: Machine, resources: list[Resource], pci_express: bool) -> MemoryMap:
     """Accept by OVMF's policy; what stays unaccepted is listed behind everything else."""
     left = accept_below_4g(machine, resources)
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
-    return MemoryMap(low_memory(resources), [*MMIO, *unaccepted])
+    return MemoryMap(low_memory(resources), [*mmio(pci_express), *unaccepted])
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:

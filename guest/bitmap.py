@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from bitarray import bitarray
 
-from guest.memory import AccessKind, GuestMemory
+from guest.memory import AccessKind, GuestMemory, PhysicalMemory
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP
 
 
@@ -18,10 +18,10 @@ class GuestBitmap:
     """The bitmap that starts at guest physical address ``gpa``.
 
     It has no length of its own, as in C: an access to any bit is an access to the byte that holds it, and the
-    memory's gate judges it.
+    memory's gate judges it; a look from outside has the bytes without the gate.
     """
 
-    def __init__(self, memory: GuestMemory, gpa: int) -> None:
+    def __init__(self, memory: GuestMemory | PhysicalMemory, gpa: int) -> None:
         self._memory = memory
         self.gpa = gpa
 

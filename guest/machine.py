@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from guest.clock import VirtualClock
+from guest.entropy import Chance, Entropy
 from guest.errors import GuestPanic
 from guest.gates import CallGates
 from guest.memory import Gate, GuestMemory, PhysicalMemory
@@ -35,7 +36,7 @@ class Platform(Gate, Protocol):
 
 @dataclass(slots=True)
 class Machine:
-    """All that a stage gets: memory behind the gate, registers, call gates, CPU instructions, trace, clock."""
+    """All that a stage gets: memory behind the gate, registers, call gates, CPU instructions, trace, clock, chance."""
 
     memory: GuestMemory
     regs: Registers
@@ -43,12 +44,15 @@ class Machine:
     platform: Platform
     trace: Trace
     clock: VirtualClock
+    entropy: Chance
 
     @classmethod
-    def build(cls, physical: PhysicalMemory, platform: Platform, trace: Trace, clock: VirtualClock) -> Machine:
-        """A machine whose memory is ``physical`` behind the gate of ``platform``."""
+    def build(
+        cls, physical: PhysicalMemory, platform: Platform, trace: Trace, clock: VirtualClock, seed: int = 0
+    ) -> Machine:
+        """A machine whose memory is ``physical`` behind the gate of ``platform``; ``seed`` decides its chance."""
         memory = GuestMemory(physical, platform, trace)
-        return cls(memory, Registers(), CallGates(trace), platform, trace, clock)
+        return cls(memory, Registers(), CallGates(trace), platform, trace, clock, Entropy(clock, seed))
 
     def call(self, address: int, *args: int) -> int:
         """Call the firmware service at ``address``; returns its EFI_STATUS."""

@@ -55,6 +55,10 @@ class PhysicalMemory:
             )
         return memoryview(self._window(gpa))[offset : offset + size]
 
+    def views(self, start: int, end: int, kind: AccessKind = "read") -> Iterator[tuple[int, memoryview]]:
+        """The bytes of ``[start, end)`` themselves, as ``(address, bytes)`` pieces."""
+        return ((low, self.view(low, high - low)) for low, high in self.pieces(start, end))
+
     def clear(self, start: int, end: int) -> None:
         """Make ``[start, end)`` read as zero; whole pages are given back, not written."""
         for low, high in self.pieces(start, end):
@@ -153,8 +157,7 @@ class GuestMemory:
         self._admit(start, end - start, kind)
         if kind == "write":
             self.writes.append((self._trace.count, start, end))
-        for low, high in self._physical.pieces(start, end):
-            yield low, self._physical.view(low, high - low)
+        yield from self._physical.views(start, end)
 
     def _admit(self, gpa: int, size: int, kind: AccessKind) -> None:
         if not self._low <= gpa <= gpa + size <= self._high:

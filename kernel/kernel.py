@@ -76,13 +76,19 @@ class Kernel:
 
     def memblock_alloc(self, size: int, align: int, start: int = 0, end: int = 0) -> int:
         """Allocate and clear boot memory; without room the kernel panics (memblock_alloc_try_nid())."""
-        found = self.memblock.phys_alloc_range(size, align, start, end)
+        found = self.try_memblock_alloc(size, align, start, end)
         if found == 0:
             raise self.machine.panic(
                 f"memblock_alloc_try_nid: Failed to allocate {size} bytes align={align:#x} nid=0 "
                 f"from={start:#x} max_addr={end:#x}"
             )
-        self.machine.memory.clear(found, found + size)
+        return found
+
+    def try_memblock_alloc(self, size: int, align: int, start: int = 0, end: int = 0) -> int:
+        """Allocate and clear boot memory; 0 if there is no room."""
+        found = self.memblock.phys_alloc_range(size, align, start, end)
+        if found:
+            self.machine.memory.clear(found, found + size)
         return found
 
 

@@ -198,6 +198,8 @@ class Memblock:
         return [Range(end, base) for end, base in zip(ends, bases, strict=True)]
 
     def _should_skip_region(self, region: MemblockRegion, flags: MemblockFlags) -> bool:
+        if not region.flags and not flags:  # nearly all of them; the flags of an enum are slow
+            return False
         if region.flags & (MemblockFlags.MEMBLOCK_NOMAP | MemblockFlags.MEMBLOCK_DRIVER_MANAGED):
             return True
         if self._movable_node and region.flags & MemblockFlags.MEMBLOCK_HOTPLUG:

@@ -6,6 +6,7 @@ Sizes are those that the named functions compute; callers that take a few hundre
 
 from __future__ import annotations
 
+from guest.ranges import RangeSet
 from guest.units import (
     DIV_ROUND_UP,
     PAGE_SHIFT,
@@ -64,23 +65,22 @@ def _initmem_init(kernel: Kernel) -> None:
 
 
 def _sparse_init(kernel: Kernel) -> None:
-    """Struct pages for each section of 128 MiB that has memory: 2 MiB a section, in one piece."""
-    sections = present_sections(kernel)
-    roots = {section // SECTIONS_PER_ROOT for section in sections}
-    kernel.memblock_alloc(len(roots) * PAGE_SIZE, SMP_CACHE_BYTES)
-    kernel.memblock_alloc(len(sections) * USEMAP_PER_SECTION, SMP_CACHE_BYTES)
-    memmap = len(sections) * MEMMAP_PER_SECTION
-    kernel.memblock_alloc(memmap, PMD_SIZE, SZ_16M)
+    """Struct pages for each section of 128 MiB that has memory: 2 MiB a section, in one piece if there is room."""
+    sections = _present_units(kernel, SECTION_SIZE)
+    roots = _present_units(kernel, SECTION_SIZE * SECTIONS_PER_ROOT)
+    kernel.memblock_alloc(roots * PAGE_SIZE, SMP_CACHE_BYTES)
+    kernel.memblock_alloc(sections * USEMAP_PER_SECTION, SMP_CACHE_BYTES)
+    memmap = sections * MEMMAP_PER_SECTION
+    if not kernel.try_memblock_alloc(memmap, PMD_SIZE, SZ_16M):
+        for _ in range(sections):
+            kernel.memblock_alloc(MEMMAP_PER_SECTION, PMD_SIZE, SZ_16M)
     kernel.memblock_alloc((1 + DIV_ROUND_UP(memmap, SZ_1G)) * PAGE_SIZE, PAGE_SIZE, SZ_16M)
 
 
-def present_sections(kernel: Kernel) -> set[int]:
-    """Numbers of the sections that hold memory (memory_present())."""
-    return {
-        section
-        for region in kernel.memblock.memory.regions
-        for section in range(region.base // SECTION_SIZE, DIV_ROUND_UP(region.end, SECTION_SIZE))
-    }
+def _present_units(kernel: Kernel, size: int) -> int:
+    """Number of units of ``size`` bytes that hold memory (memory_present())."""
+    regions = kernel.memblock.memory.regions
+    return RangeSet((r.base // size, DIV_ROUND_UP(r.end, size)) for r in regions).total()
 
 
 def _zone_sizes_init(kernel: Kernel) -> list[Zone]:

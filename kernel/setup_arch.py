@@ -13,7 +13,9 @@ from bootstub.e820_types import (
     E820_TYPE_SOFT_RESERVED,
 )
 from bootstub.setup_data import SetupData, SetupDataType, walk_setup_data
+from firmware.efi_types import EfiMemoryType
 from guest.machine import Machine
+from guest.ranges import Range
 from guest.units import (
     BITS_PER_BYTE,
     DIV_ROUND_UP,
@@ -49,6 +51,7 @@ def setup_arch(machine: Machine) -> Kernel:
     for note in kernel.early.notes:
         machine.print(note)
     efi_memblock_x86_reserve_range(kernel)
+    _reserve_loaded_image(kernel)
     _e820_reserve_setup_data(kernel, setup_data)
     efi_init(kernel)
     _e820_add_kernel_range(kernel)
@@ -75,6 +78,17 @@ def _early_reserve_memory(kernel: Kernel, setup_data: list[SetupData]) -> None:
     for node in setup_data:
         reserve(node.gpa, node.end - node.gpa)
     reserve(BIOS_START_MAX, SZ_1M - BIOS_START_MAX)
+
+
+def _reserve_loaded_image(kernel: Kernel) -> None:
+    """The stub of a newer kernel says no init_size. The image then is what it allocated to unpack the kernel into."""
+    start = kernel.image.start
+    if kernel.image.size:
+        return
+    for d in kernel.efi_memmap:
+        if d.type == EfiMemoryType.EfiLoaderCode and d.start <= start < d.end:
+            kernel.image = Range(start, d.end)
+            kernel.memblock.reserve(start, kernel.image.size)
 
 
 def _e820_memory_setup(kernel: Kernel, setup_data: list[SetupData]) -> None:

@@ -13,7 +13,8 @@ XFAM_X87_SSE = 0b11
 
 @dataclass(frozen=True, slots=True)
 class TdConfig:
-    """``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit.
+    """``gpaw`` is the guest physical address width, 48 or 52; its highest bit is the shared bit. No module has 53:
+    it is for memory above 2^51, where a TD of 52 bits has no private addresses.
 
     ``sept_ve_disable``: a touch of unaccepted memory exits to the host; if False, it raises #VE in the guest.
     ``flexible_pending_ve``: the guest may change that (KVM up to 6.16 does not let it).
@@ -37,7 +38,7 @@ class TdConfig:
     @property
     def config_flags(self) -> int:
         return (
-            (CONFIG_FLAGS_GPAW if self.gpaw == 52 else 0)
+            (CONFIG_FLAGS_GPAW if self.gpaw >= 52 else 0)
             | (CONFIG_FLAGS_FLEXIBLE_PENDING_VE if self.flexible_pending_ve else 0)
             | (CONFIG_FLAGS_NO_RBP_MOD if self.no_rbp_mod else 0)
         )

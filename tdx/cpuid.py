@@ -69,7 +69,7 @@ def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
         (0x8000_0000, 0): (0x8000_0008, 0, 0, 0),
         (0x8000_0001, 0): (0, 0, _bits(0, 5), _bits(11, 20, 26, 27, 29)),  # LAHF LZCNT; SYSCALL NX 1G RDTSCP LM
         (0x8000_0007, 0): (0, 0, 0, _bits(8)),  # invariant TSC
-        (0x8000_0008, 0): (48 << 8 | gpaw, 0, 0, 0),
+        (0x8000_0008, 0): (48 << 8 | min(gpaw, 52), 0, 0, 0),
     }
 
 

@@ -42,6 +42,6 @@ def test_no_input_or_output(package):
     """Below tools/ nothing touches files, terminals or the real clock."""
     outside = {"argparse", "os", "pathlib", "rich", "shutil", "subprocess", "tempfile", "time"}
     if package == "cpu":
-        outside.remove("pathlib")  # cpu/binding.py reads its own process's memory map
+        outside.remove("pathlib")  # cpu/build.py reads its own process's memory map
     bad = imports_of(package, outside)
     assert not bad, "\n".join(bad)

@@ -6,32 +6,58 @@ Machines differ and are noisy, so runs of the compared set-ups alternate, and ra
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 
 from tools.render import print_table
 
+_WORST_CASE = Path(__file__).parent.parent / "tests" / "samples" / "maps" / "worst-case-4-pib.toml"
+_MANY = 400
+_FRAGMENTS = "400 descriptors"
 SETUPS = {
     "4 GiB": ["--memory", "4G"],
     "64 GiB": ["--memory", "64G"],
     "4 GiB, host with 4K pages": ["--memory", "4G", "--host-page-size", "4K"],
     "1 TiB": ["--memory", "1T"],
+    "4 PiB, RAM at both ends": ["--efi-map", str(_WORST_CASE)],
+    f"{_FRAGMENTS} over 4 PiB": ["--efi-map", _FRAGMENTS],
 }
 """What is measured; the first one is what the ratios compare with."""
 
 
-def measure(options: list[str]) -> tuple[float, float]:
-    """Milliseconds of ``unaccepted boot`` as a whole process, and of the boot in it."""
+def fragments(count: int) -> str:
+    """A map, as JSON, of ``count`` descriptors: 2 GiB low, then unaccepted and reserved GiB by turns up to 4 PiB."""
+    rows: list[dict[str, object]] = [
+        {"type": "Conventional", "start": "0", "size": "640K", "attribute": "WB"},
+        {"type": "Conventional", "start": "1M", "size": "2047M", "attribute": "WB"},
+    ]
+    step = ((1 << 52) - (1 << 33)) // (count // 2) >> 30
+    for number in range((count - 2) // 2):
+        rows.append({"type": "Unaccepted", "start": f"{4 + number * step}G", "size": "1G"})
+        rows.append({"type": "Reserved", "start": f"{5 + number * step}G", "size": "1G"})
+    return json.dumps(rows)
+
+
+def measure(options: list[str]) -> tuple[float, float, float]:
+    """Milliseconds of ``unaccepted boot`` as a whole process, and of the boot in it; MiB of memory at its peak."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "tools.boot", "--timing", *options]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     whole = (time.perf_counter() - start) * 1000
     match = re.search(r"^boot: ([0-9.]+) ms", output, re.MULTILINE)
-    assert match is not None, "boot --timing prints its time"
-    return whole, float(match[1])
+    assert process.returncode == 0 and match is not None, "boot --timing comes through and prints its time"
+    return whole, float(match[1]), usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -39,21 +65,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each set-up, after one that is not")
     runs = parser.parse_args().runs
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in SETUPS}
-    for number in range(runs + 1):
-        for name, options in SETUPS.items():
-            result = measure(options)
-            if number:
-                results[name].append(result)
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in SETUPS}
+    with tempfile.TemporaryDirectory() as directory:
+        many = Path(directory) / "map.json"
+        many.write_text(fragments(_MANY))
+        for number in range(runs + 1):
+            for name, options in SETUPS.items():
+                result = measure([str(many) if option == _FRAGMENTS else option for option in options])
+                if number:
+                    results[name].append(result)
     first = next(iter(SETUPS))
-    base = median(boot for _, boot in results[first])
+    base = median(boot for _, boot, _ in results[first])
     rows = []
-    for name, pairs in results.items():
-        wholes, boots = zip(*pairs, strict=True)
+    for name, measured in results.items():
+        wholes, boots, peaks = zip(*measured, strict=True)
         row = [name, *(f"{value:.0f} ms" for value in (min(wholes), median(wholes)))]
-        row += [f"{min(boots):.1f} ms", f"{median(boots):.1f} ms", f"{median(boots) / base:.2f}"]
+        row += [
+            f"{min(boots):.1f} ms",
+            f"{median(boots):.1f} ms",
+            f"{median(boots) / base:.2f}",
+            f"{max(peaks):.0f} MiB",
+        ]
         rows.append(row)
-    headers = ["boot of", "process, min", "median", "boot alone, min", "median", f"ratio to {first}"]
+    headers = ["boot of", "process, min", "median", "boot alone, min", "median", f"ratio to {first}", "peak memory"]
     print_table(headers, rows)
 
 

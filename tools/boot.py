@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from guest.errors import BootError, FormatError
+from guest.errors import BootError
 from guest.trace import Record
 from tools.cli import script
-from tools.config import add_options, boot_config, read_text
-from tools.pipeline import STAGE_NAMES, Boot, stages_of
+from tools.config import add_options, boot_config
+from tools.milestones import milestone_rows, milestones, milestones_json
+from tools.pipeline import Boot
+from tools.postmortem import add_symbols_option, postmortem
+from tools.progress import StatusLine, interruptible
 from tools.render import (
     LogText,
     add_json_option,
@@ -26,112 +29,110 @@ from tools.render import (
     summary_rows,
 )
 from tools.report import summarize
-from tools.verdict import verdict_lines
-
-_UNTIL = (
-    f"stop after a stage ({', '.join(STAGE_NAMES)}), or, with --run, when the kernel prints TEXT; "
-    "`accept` stops at its first accept"
-)
+from tools.until import add_until_option, resolve_until
+from tools.verdict import bitmap, verdict_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_options(parser)
-    parser.add_argument("--until", metavar="STAGE|TEXT", help=_UNTIL)
+    add_until_option(parser)
     parser.add_argument("--save", metavar="DIR", help="write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl")
     add_json_option(parser)
-    parser.add_argument("--system-map", metavar="FILE", help="symbols for the report on real code that died")
+    parser.add_argument("--plot", metavar="FILE", help="draw accepted memory over virtual time: .svg or .png")
+    add_symbols_option(parser)
     parser.add_argument("--measure", action="store_true", help="print the TD's measurements: MRTD and RTMR0 to RTMR3")
     parser.add_argument("--timing", action="store_true", help="print how long the boot took on this machine")
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Boot. A guest that dies leaves its log and table, then its error."""
-    config = boot_config(args)
-    stage = args.until if args.until in stages_of(config) else None
-    if args.until is not None and stage is None:
-        if config.run is None:
-            args.usage_error(f"--until: {args.until!r} is no stage: {', '.join(stages_of(config))}")
-        config = replace(config, until=args.until)
+    """Boot. A guest that dies, or a Ctrl-C, leaves its log and table, then its error."""
+    config, stage = resolve_until(args, boot_config(args))
+    if args.plot is not None:
+        from tools.plot import check_plot
+
+        check_plot(args.plot)
     boot = Boot(config)
     save = _directory(args.save) if args.save else None
-    if not args.json:
-        _print_as_it_comes(boot)
     start = time.perf_counter()
-    death: BootError | None = None
+    end: BootError | KeyboardInterrupt | None = None
     try:
-        boot.run(stage)
-    except BootError as error:
-        death = error
+        with _watched(boot, print_log=not args.json), interruptible(boot):
+            boot.run(stage)
+    except (BootError, KeyboardInterrupt) as error:
+        end = error
     elapsed = time.perf_counter() - start
+    measured = _measurements(boot, args.measure)
     if args.json:
-        print(json_text(_json(boot, death) | (measurements(boot) if args.measure else {}), args.json))
+        print(json_text(_json(boot, end) | measured, args.json))
     else:
-        print()
-        print_table(*summary_rows(summarize(boot.trace.records)))
-        for line in verdict_lines(boot):
-            print(line)
-        for name, digest in (measurements(boot) if args.measure else {}).items():
-            print(f"{name} {digest}")
-    if death is not None and boot.real_code is not None:
-        for line in _postmortem(boot, args.system_map):
+        _print_tables(boot)
+        for name, value in measured.items():
+            print(name, value)
+    if isinstance(end, BootError):
+        for line in postmortem(boot, end, args.system_map):
             print(line, file=sys.stderr)
     if args.timing:
         print(f"boot: {elapsed * 1000:.1f} ms on this machine", file=sys.stderr if args.json else sys.stdout)
     if save is not None:
         _save(boot, save)
-    if death is not None:
-        raise death
+    if args.plot is not None:
+        from tools.plot import plot
+
+        plot(boot, args.plot)
+    if end is not None:
+        raise end
     return 0
 
 
-def _print_as_it_comes(boot: Boot) -> None:
+@contextmanager
+def _watched(boot: Boot, print_log: bool) -> Iterator[None]:
     """Print the log while the boot runs; with real code, also say on a terminal how far it is."""
-    log = LogText()
+    log, status = LogText(), StatusLine()
 
     def on_record(record: Record) -> None:
-        for line in log.lines(record):
+        status.on_record(record)
+        for line in log.lines(record) if print_log else ():
+            status.wipe()
             print(line, flush=boot.config.run is not None)
 
     boot.trace.watchers.append(on_record)
-    if sys.stderr.isatty():
-        boot.progress = lambda blocks: print(f"\r{blocks >> 20} Mi basic blocks\r", end="", file=sys.stderr)
+    boot.progress = status.show
+    try:
+        yield
+    finally:
+        status.wipe()
 
 
-def _postmortem(boot: Boot, system_map: str | None) -> list[str]:
-    """How the processor stands where the guest died, with symbols of System.map or of the kernel itself."""
-    from bootstub.bzimage import parse_bzimage
-    from bootstub.payload import decompress
-    from cpu.postmortem import report
-    from cpu.symbols import Symbols, parse_system_map, read_kallsyms
-
-    assert boot.real_code is not None
-    symbols = Symbols((), "", ())
-    if system_map is not None:
-        symbols = parse_system_map(read_text(system_map))
-    else:
-        with suppress(FormatError):  # a payload that only the kernel's own code can unpack
-            symbols = (
-                read_kallsyms(decompress(parse_bzimage(boot.config.kernel).payload(boot.config.kernel))) or symbols
-            )
-    return report(boot.real_code.vcpu, boot.trace, symbols)
+def _print_tables(boot: Boot) -> None:
+    print()
+    print_table(*summary_rows(summarize(boot.trace.records)))
+    found = milestones(boot.trace.records, boot.host.ram)
+    if boot.config.run is not None and found:
+        print()
+        print_table(*milestone_rows(found))
+        print()
+    for line in verdict_lines(boot):
+        print(line)
 
 
-def measurements(boot: Boot) -> dict[str, str]:
-    """The TD's measurement registers by name, in hexadecimal."""
+def _measurements(boot: Boot, wanted: bool) -> dict[str, str]:
+    """The TD's measurement registers by name, in hexadecimal, if they are wanted."""
+    if not wanted:
+        return {}
     measurement = boot.host.seam.measurement
     rtmrs = {f"RTMR{index}": digest.hex() for index, digest in enumerate(measurement.rtmr)}
     return {"MRTD": measurement.mrtd.hex()} | rtmrs
 
 
-def _json(boot: Boot, death: BootError | None) -> dict[str, Any]:
+def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, Any]:
     return {
         "schema": 1,
         "stages": summary_json(summarize(boot.trace.records)),
+        "milestones": milestones_json(milestones(boot.trace.records, boot.host.ram)),
         "log": log_lines(boot.trace.records),
         "verdict": verdict_lines(boot),
-        "error": str(death) if death is not None else None,
+        "error": "interrupted" if isinstance(end, KeyboardInterrupt) else str(end) if end is not None else None,
     }
 
 
@@ -148,7 +149,7 @@ def _save(boot: Boot, directory: Path) -> None:
         from tools.dump_boot_params import dmesg_lines
 
         (directory / "boot_params.bin").write_bytes(boot.boot_params)
-        (directory / "bitmap.bin").write_bytes(boot.bitmap())
+        (directory / "bitmap.bin").write_bytes(bitmap(boot))
         (directory / "e820.txt").write_text("\n".join(dmesg_lines(boot.boot_params)) + "\n")
     with (directory / "trace.jsonl").open("w") as file:
         for record in boot.trace.records:

@@ -1,6 +1,7 @@
 """The command ``unaccepted VERB``: finds the verb's module, runs it, and turns errors into one line.
 
-Exit status: 0 done; 1 input refused, or the guest did not come through; 2 wrong usage.
+Exit status: 0 done; 1 input refused, or the guest did not come through; 2 wrong usage;
+130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ VERBS = {
     "step": "boot a guest stage by stage, or to an event, and look at it",
     "dump": "show a structure: boot-params",
     "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
+    "map": "show, convert and compare memory maps",
     "conform": "run recorded answers of the real code through our stages",
 }
 """Every verb has a module of its own in tools/, with ``add_arguments(parser)`` and ``run(args)``."""
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
+        print("unaccepted: interrupted", file=sys.stderr)
         return 130
 
 

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from guest.errors import FormatError
-from guest.units import PAGE_SIZE, SZ_1G, memparse
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1G, SZ_2M, SZ_16M, memparse
 from tdx.backing import MIXED
 from tdx.faults import KINDS, Rule, parse_rule
 from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig, stages_of
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
+_MAX_RAM_BELOW_4G = range(SZ_16M, 0xE000_0000 + 1, SZ_2M)
 _MAX_TIMEOUT = 1 << 20
+_MAX_STRIDE = 4096
+_MAX_SEED = (1 << 64) - 1
 _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
@@ -45,14 +48,23 @@ class Option:
     many: bool = False
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+def file_path(path: str) -> Path:
+    """The path, if it can be one."""
     if "\0" in path:
         raise FormatError(repr(path), found="a NUL character", expected="the name of a file", source=_SOURCE)
-    size = Path(path).stat().st_size
-    if size > _MAX_FILE:
-        raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
-    return Path(path).read_bytes()
+    return Path(path)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, up to 1 GiB. ``OSError`` as it comes; a larger file is a ``FormatError``."""
+    size = file_path(path).stat().st_size
+    if size <= _MAX_FILE:
+        with Path(path).open("rb") as file:  # a device has no size of its own
+            data = file.read(_MAX_FILE + 1)
+        if len(data) <= _MAX_FILE:
+            return data
+        size = len(data)
+    raise FormatError(path, found=f"{size} bytes", expected=f"at most {_MAX_FILE}", source=_SOURCE)
 
 
 def read_text(path: str) -> str:
@@ -66,6 +78,20 @@ def parse_memory(text: str) -> int:
     if rest or not 0 < size <= _MAX_MEMORY or size % PAGE_SIZE:
         raise FormatError("--memory", found=repr(text), expected="whole 4 KiB pages, such as 4G", source=_SOURCE)
     return size
+
+
+def parse_machine(text: str) -> Any:
+    """A machine in QEMU's words: ``q35``, or ``pc,max-ram-below-4g=3G``."""
+    from tdx.vmm import MACHINE_NAMES, MachineType
+
+    name, comma, option = text.partition(",")
+    key, _, value = option.partition("=")
+    limit, rest = memparse(value)
+    given = key == "max-ram-below-4g" and not rest and limit in _MAX_RAM_BELOW_4G
+    if name not in MACHINE_NAMES or (comma and not given):
+        expected = f"{' or '.join(MACHINE_NAMES)}, and perhaps max-ram-below-4g=SIZE, 16M to 3584M in steps of 2M"
+        raise FormatError("--machine", found=repr(text[:60]), expected=expected, source="QEMU -machine")
+    return MachineType(name, limit if comma else None)
 
 
 def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
@@ -91,10 +117,26 @@ def _kernel(path: str) -> bytes:
     return data
 
 
-def _efi_map(path: str) -> Any:
-    from tools.efi_map import parse_efi_map
+def _address(text: str) -> int:
+    """An address of whole pages below 2^52, such as ``4G`` or ``0x100000000``."""
+    address, rest = memparse(text)
+    if rest or not text or address % PAGE_SIZE or address >= PHYSICAL_ADDRESS_END:
+        expected = "an address of whole pages below 2^52"
+        raise FormatError("--unaccepted-from", found=repr(text[:40]), expected=expected, source=_SOURCE)
+    return address
 
-    return parse_efi_map(read_text(path), path)
+
+def _boot_params(text: str) -> int | bytes:
+    """Where boot_params is: an address in guest memory, if the text reads as a number; else a file of its own."""
+    address, rest = memparse(text)
+    return read_file(text) if rest or not text else address
+
+
+def _stride(text: str) -> int:
+    stride, rest = memparse(text)
+    if rest or not text or stride > _MAX_STRIDE:
+        raise FormatError("--stride", found=repr(text[:40]), expected=f"40 to {_MAX_STRIDE}", source="UEFI 2.10, 7.2.3")
+    return stride
 
 
 def _cmdline(text: str) -> str:
@@ -123,11 +165,19 @@ def _ve(text: str) -> tuple[str, ...]:
     return names
 
 
+def _number(option: str, text: str, low: int, high: int) -> int:
+    """A decimal number within limits, with no more digits than these have."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high):
+        raise FormatError(option, found=repr(text[:80]), expected=f"a number from {low} to {high}", source=_SOURCE)
+    return int(text)
+
+
 def _timeout(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= _MAX_TIMEOUT:
-        expected = f"a number from 1 to {_MAX_TIMEOUT}"
-        raise FormatError("--timeout", found=repr(text), expected=expected, source=_SOURCE)
-    return int(text) * 1_000_000
+    return _number("--timeout", text, 1, _MAX_TIMEOUT) * 1_000_000
+
+
+def _seed(text: str) -> int:
+    return _number("--seed", text, 0, _MAX_SEED)
 
 
 def _script(path: str) -> Any:
@@ -149,14 +199,26 @@ def _fault_script(path: str) -> tuple[Rule, ...]:
     return _faults([line for line in lines if line])
 
 
+MAP_OPTIONS = (
+    Option(
+        "unaccepted-from", "ADDRESS", "of a map: conventional memory from there on is unaccepted",
+        "unaccepted_from", _address,
+    ),
+    Option("boot-params", "FILE|ADDRESS", "the map is in a file of guest memory", "boot_params", _boot_params),
+    Option("stride", "N", "the map is raw EFI descriptors, N bytes each", "stride", _stride),
+)  # fmt: skip
+"""What a source of a memory map may need: fields of ``tools.maps.source.SourceOptions``."""
+
 OPTIONS = (
-    Option("memory", "SIZE", "guest memory, split as q35 splits it (default 4G)", "memory", parse_memory),
-    Option("efi-map", "FILE", "memory map instead: dmesg with efi=debug lines, or JSON", "efi_map", _efi_map),
+    Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
+    Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
+    Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
+    *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
-    Option("protocol", "NAME", "version of the boot code: v9", "protocol", _protocol),
+    Option("protocol", "NAME", "version of the boot code: v9 (default) or mainline", "protocol", _protocol),
     Option(
         "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default), 4K or mixed",
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
@@ -167,7 +229,8 @@ OPTIONS = (
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
-    Option("timeout", "N", "end real code after N million basic blocks", "timeout", _timeout),
+    Option("seed", "N", "seed of RDRAND and of the start of the TSC (default 0)", "seed", _seed),
+    Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
     Option(
         "fault", "KIND[:ARG][@WHEN,...]",
@@ -198,13 +261,11 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
-    if "memory" in texts and "efi-map" in texts:
-        raise FormatError("--memory", found="with --efi-map", expected="one of the two", source=_SOURCE)
-    fields: dict[str, Any] = {}
-    for option in OPTIONS:
-        if option.name in texts:
-            value = option.read(texts[option.name])
-            fields[option.field] = fields[option.field] + value if option.field in fields else value
+    for name in ("memory", "machine"):
+        if name in texts and "efi-map" in texts:
+            raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
+    fields = _read_options(texts)
+    _read_map(fields)
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
@@ -217,6 +278,16 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     return config
 
 
+def _read_options(texts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of what was given, by their names."""
+    fields: dict[str, Any] = {}
+    for option in OPTIONS:
+        if option.name in texts:
+            value = option.read(texts[option.name])
+            fields[option.field] = fields[option.field] + value if option.field in fields else value
+    return fields
+
+
 def _check_stages(config: BootConfig) -> None:
     """A fault that waits for a stage waits for one of this boot."""
     stages = stages_of(config)
@@ -224,6 +295,18 @@ def _check_stages(config: BootConfig) -> None:
         if rule.stage is not None and rule.stage not in stages:
             expected = ", ".join(stages)
             raise FormatError(f"fault {str(rule)!r}", found=f"stage={rule.stage}", expected=expected, source=_SOURCE)
+
+
+def _read_map(fields: dict[str, Any]) -> None:
+    """Put the map that was brought along in the place of its name."""
+    given = {option.field: fields.pop(option.field) for option in MAP_OPTIONS if option.field in fields}
+    if "efi_map" in fields:
+        from tools.maps.source import SourceOptions, boot_descriptors, read_map
+
+        fields["efi_map"] = boot_descriptors(read_map(fields["efi_map"], SourceOptions(**given)))
+    elif given:
+        name = next(iter(given)).replace("_", "-")
+        raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)
 
 
 def _check_run(fields: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from tools.left_out import LeftOut
 from tools.parallel import in_parallel
 from tools.render import add_json_option, json_text, print_table
 
-FAMILIES = {"v9": False, "e820": False, "stub": True, "decompressor": True}
+FAMILIES = {"v9": False, "mainline": False, "e820": False, "stub": True, "decompressor": True}
 """Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
 RECORDABLE = ("stub",)
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
     runs = " and ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
+    parser.add_argument("--ours", action="store_true", help="for stub: run our stage on the image, not its own code")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
@@ -102,12 +103,14 @@ class _RunCase:
 
     family: str
     kernel: str | None
+    ours: bool = False
 
     def __call__(self, case: dict[str, Any]) -> _Outcome:
         what = case.get("id"), case.get("name") or case.get("profile")
         run_case = import_module(f"tools.conform_{self.family}").run_case
+        options = {"ours": True} if self.ours else {}
         try:
-            return _Outcome(*what, run_case(case, *_image(self.kernel)))
+            return _Outcome(*what, run_case(case, *_image(self.kernel), **options))
         except LeftOut as reason:
             return _Outcome(*what, left_out=str(reason))
         except BootError as error:
@@ -140,7 +143,7 @@ def _image(kernel: str | None) -> tuple[bytes, ...]:
 
 def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     family = _family(path, tuple(FAMILIES))
-    run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None)
+    run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None, _ours(family, args))
     cases, differing, reasons = 0, [], Counter[str]()
     for outcome in in_parallel(run_case, islice(_cases(path), args.limit), args.jobs):
         cases += 1
@@ -178,6 +181,12 @@ def _family(path: Path, known: tuple[str, ...]) -> str:
         expected = f"a name that starts with {' or '.join(known)}"
         raise FormatError(str(path), found=f"family {family!r}", expected=expected, source=_SOURCE)
     return family
+
+
+def _ours(family: str, args: argparse.Namespace) -> bool:
+    if args.ours and family != "stub":
+        raise FormatError("--ours", found=f"family {family!r}", expected="stub", source=_SOURCE)
+    return bool(args.ours)
 
 
 def _kernel(path: Path, args: argparse.Namespace) -> str:

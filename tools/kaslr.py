@@ -8,27 +8,14 @@ process_efi_entries(), find_random_phys_addr(), find_random_virt_addr().
 
 from __future__ import annotations
 
-import struct
-
-from bootstub.bzimage import parse_bzimage
-from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
+from bootstub.kaslr import MIX_CONSTANT
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.registers import MASK64
 from guest.units import DIV_ROUND_UP, round_up
 
-_MIX = 0x5D60_08CB_F384_8DD3
-_ROTATION = 7
 _FREE = (EfiMemoryType.EfiConventionalMemory, EfiMemoryType.EfiUnacceptedMemoryType)
-
-
-def boot_seed(image: bytes, boot_params: bytes) -> int:
-    """The hash that the decompressor of ``image`` starts from."""
-    bzimage = parse_bzimage(image)
-    release = (bzimage.kernel_version or "").partition(" ")[0].encode()
-    start = image.index(release, bzimage.protected_mode_offset)
-    build = image[start : image.index(b"\0", start) + 1]
-    return _rotate_xor(_rotate_xor(0, build), boot_params)
 
 
 def tsc_for(seed: int, wanted: int) -> int:
@@ -38,8 +25,8 @@ def tsc_for(seed: int, wanted: int) -> int:
     carry that gets lost.
     """
     for carry in (1, 0):
-        mixed = (wanted + carry) * pow(_MIX, -1, MASK64) % MASK64
-        low, high = mixed * _MIX & MASK64, mixed * _MIX >> 64
+        mixed = (wanted + carry) * pow(MIX_CONSTANT, -1, MASK64) % MASK64
+        low, high = mixed * MIX_CONSTANT & MASK64, mixed * MIX_CONSTANT >> 64
         if low + high & MASK64 == wanted:
             return seed ^ mixed
     raise ValueError(f"no TSC for the random number {wanted:#x}")
@@ -62,10 +49,3 @@ def physical_slot(descriptors: list[MemoryDescriptor], size: int, align: int, ou
 def virtual_slot(align: int, virtual: int) -> int:
     """Number of the slot at the virtual address ``virtual``, counted from where kernel text begins."""
     return (virtual - LOAD_PHYSICAL_ADDR) // align
-
-
-def _rotate_xor(value: int, data: bytes) -> int:
-    """Fold the whole 64-bit words of ``data`` into ``value``."""
-    for (word,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8]):
-        value = ((value << 64 - _ROTATION | value >> _ROTATION) & MASK64) ^ word
-    return value

@@ -18,6 +18,7 @@ from firmware.efi_types import EfiMemoryType
 from firmware.launch import launch_td, sections_for_map
 from firmware.load_image import FwCfg
 from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
+from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from firmware.tdvf import Tdvf
@@ -27,8 +28,9 @@ from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
 from guest.records import RecordCopy
+from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PMD_SIZE, SZ_4G
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
@@ -39,13 +41,15 @@ from tdx.inject import Injector
 from tdx.module import TdConfig, TdxModule
 from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
-from tdx.vmm import Host, q35_ram
+from tdx.vmm import Host, MachineType
 from tools.border import check_border
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
 
 GPAW = 52
+GPAW_ABOVE_2_PIB = 53
+"""For maps with RAM above 2^51, where a TD of 52 bits has its shared half: no TDX module has so many bits."""
 GPAW_REAL_CODE = 40
 """Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
 DEFAULT_CMDLINE = "nokaslr efi=debug"
@@ -57,17 +61,18 @@ REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 consol
 class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
-    ``memory`` is bytes of a q35 machine; ``efi_map`` takes its place with a memory map of its own. ``host_level``
+    ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``host_level``
     is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more;
     with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``.
-    ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer does: ``error`` ends the
-    boot, ``warn`` is told, and with ``off`` there is no sanitizer.
+    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
+    is random in real code. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
+    does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
     """
 
     kernel: bytes
     memory: int = SZ_4G
+    machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
     efi_map: tuple[MemoryDescriptor, ...] | None = None
     initrd: bytes = b""
@@ -82,6 +87,7 @@ class BootConfig:
     ve: tuple[str, ...] = ()
     faults: tuple[Rule, ...] = ()
     sanitize: str = "warn"
+    seed: int = 0
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -95,13 +101,14 @@ class Boot:
         self.trace = Trace(self.clock)
         self.physical = PhysicalMemory()
         """The bytes without the gate: for looking on from outside, never for a stage."""
-        td, ram = TdConfig(GPAW if config.run is None else GPAW_REAL_CODE), _ram(config)
+        ram = _ram(config)
+        td = TdConfig(_gpaw(config, ram))
         self.sept = SecureEpt(td.gpaw)
         self.host = Host(
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, _backing(config), td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
-        self.machine = Machine.build(self.physical, module, self.trace, self.clock)
+        self.machine = Machine.build(self.physical, module, self.trace, self.clock, config.seed)
         self.sept.on_revoke.append(lambda start, end: self.machine.memory.flush())
         if config.faults:
             Injector(config.faults, module.page_accept, self.host, self.trace)
@@ -110,7 +117,10 @@ class Boot:
             self.sanitizer = Sanitizer(self.trace, ram, td.shared_mask, config.sanitize == "error")
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
-        self.progress: Callable[[int], None] | None = None
+        self.progress: Callable[[int], None] = lambda count: None
+        """Called with the number of instructions every few million of them; what it raises ends the boot."""
+        self.firmware_map: MemoryMap | None = None
+        """The firmware's own record of its memory map, once it ran."""
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
@@ -145,6 +155,16 @@ class Boot:
         while self.next_stage is not None and until not in self.done:
             self.step()
 
+    def registers(self) -> Registers:
+        """The guest's registers as they are now, also while real code runs."""
+        if self.real_code is not None and self.real_code.running:
+            return self.real_code.vcpu.registers()
+        return self.machine.regs
+
+    def tick(self, count: int) -> None:
+        """Real code has run that many instructions."""
+        self.progress(count)
+
     def bitmap(self) -> bytes:
         """The unaccepted memory bitmap as it is now, up to the end of RAM; empty if there is none."""
         at = RecordCopy(self.boot_params, BOOT_PARAMS)["unaccepted_memory"] if self.boot_params else 0
@@ -154,7 +174,10 @@ class Boot:
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
     """The stages of a boot by name, in order."""
-    return STAGES if config.run is None else RUNS[config.run]
+    stages = STAGES if config.run is None else RUNS[config.run]
+    if config.protocol.unpacks_in_stub:
+        return {name: stage for name, stage in stages.items() if name != "decompress"}
+    return stages
 
 
 def _host(boot: Boot) -> None:
@@ -169,7 +192,8 @@ def _host(boot: Boot) -> None:
 def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
-    firmware(boot.machine, FwCfg(config.kernel, config.initrd, config.cmdline), given_map)
+    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
+    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
 
 
 def _efi_stub(boot: Boot) -> None:
@@ -203,8 +227,9 @@ def _real_code(boot: Boot) -> RealCode:
         from tdx.instructions import Instructions
 
         config = boot.config
-        options = RunOptions(config.full, config.until, config.timeout, VeConfig(**dict.fromkeys(config.ve, True)))
-        boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.progress)
+        ve = VeConfig(**dict.fromkeys(config.ve, True))
+        options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
+        boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
         boot.host.instructions = Instructions(boot.real_code.devices)
     return boot.real_code
 
@@ -242,9 +267,15 @@ KERNEL_STAGES = ("setup-arch", "mm-init", "runtime")
 """The stages whose output is the kernel's log."""
 
 
+def _gpaw(config: BootConfig, ram: RangeSet) -> int:
+    if config.run is not None:
+        return GPAW_REAL_CODE
+    return GPAW_ABOVE_2_PIB if ram.overlaps(1 << GPAW - 1, PHYSICAL_ADDRESS_END) else GPAW
+
+
 def _ram(config: BootConfig) -> RangeSet:
     if config.efi_map is None:
-        return q35_ram(config.memory)
+        return config.machine.ram(config.memory)
     return RangeSet((d.start, d.end) for d in config.efi_map if d.type in RAM_TYPES)
 
 

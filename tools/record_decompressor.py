@@ -10,7 +10,8 @@ from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.bzimage import parse_bzimage
-from bootstub.efi_stub import STARTUP_64_OFFSET
+from bootstub.kaslr import boot_seed
+from bootstub.kernel_layout import STARTUP_64_OFFSET
 from bootstub.setup_header import LoadFlags
 from cpu.run import RealCode, RunOptions
 from firmware.arena import Arena
@@ -25,8 +26,8 @@ from guest.units import PAGE_SIZE, SZ_1M, round_up
 from tdx.events import TdCall
 from tdx.instructions import Instructions
 from tools.efi_names import guid_of
-from tools.kaslr import boot_seed, physical_slot, tsc_for, virtual_slot
-from tools.record_stub import TIMEOUT_BLOCKS
+from tools.kaslr import physical_slot, tsc_for, virtual_slot
+from tools.record_stub import TIMEOUT_INSTRUCTIONS
 from tools.recorded_td import RecordedTd
 from tools.unaccepted_table import build_table, read_table
 
@@ -53,7 +54,7 @@ class _Run:
         self._machine, self._memory = self._td.machine, self._td.machine.memory
         self._machine.trace.stage = "decompress"
         self._load()
-        options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
+        options = RunOptions(skip=True, timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(self._machine, self._td.physical, image, options)
         self._td.host.instructions = Instructions(self._code.devices)
         self._tscs = self._tscs_of_the_choice()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of, parse_e820_table
+from bootstub.efi_stub import efi_stub
+from bootstub.events import KernelPlaced
+from bootstub.protocol import MAINLINE
 from bootstub.setup_data import SetupDataType, walk_setup_data
 from cpu.run import RealCode, RunOptions
 from firmware.memory_descriptor import MemoryDescriptor
@@ -20,7 +24,7 @@ from tools.recorded_firmware import start_firmware
 from tools.recorded_td import RecordedTd
 from tools.unaccepted_table import read_table
 
-TIMEOUT_BLOCKS = 1 << 26
+TIMEOUT_INSTRUCTIONS = 1 << 28
 _ENTERED = "entered kernel"
 _SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
 SET_UP = (
@@ -30,13 +34,13 @@ SET_UP = (
 """Fields of a case that say what is run; the others say what came of it."""
 
 
-def run_stub(case: dict[str, Any], image: bytes) -> dict[str, Any]:
+def run_stub(case: dict[str, Any], image: bytes, ours: bool = False) -> dict[str, Any]:
     """Run the stub of ``image`` up to the kernel's entry point; no kernel is unpacked.
 
-    Returns the fields of a recorded ``out``, and ``input_map``. A guest that dies in a way that no recorded guest
-    did leaves as ``BootError``.
+    With ``ours`` our own stub runs in its place, and unpacks the image's kernel. Returns the fields of a recorded
+    ``out``, and ``input_map``. A guest that dies in a way that no recorded guest did leaves as ``BootError``.
     """
-    return _Run(case, image).run()
+    return (_OurRun if ours else _RealRun)(case, image).run()
 
 
 def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
@@ -51,7 +55,9 @@ def image_size(image: bytes) -> int:
     return round_up(parse_pe(image).size_of_image, PAGE_SIZE)
 
 
-class _Run:
+class _Run(ABC):
+    """A run of a stub on the set-up of ``case``."""
+
     def __init__(self, case: dict[str, Any], image: bytes) -> None:
         descriptors = [MemoryDescriptor(*fields) for fields in case["descs"]]
         self._td = RecordedTd(descriptors, **{name: case[name] for name in _SETTINGS if name in case})
@@ -59,9 +65,15 @@ class _Run:
         self._machine.trace.stage = "efi-stub"
         self._gates = self._machine.gates = RecordingGates(self._td.trace, self._machine.memory)
         self._services, self._image = start_firmware(self._td, case, image)
-        options = RunOptions(skip=True, timeout=TIMEOUT_BLOCKS)
-        self._code = RealCode(self._machine, self._physical, image, options)
-        self._code.vcpu.tsc = self._td.rdtsc
+
+    @abstractmethod
+    def _stub(self) -> None:
+        """Run the stub; ``BootError`` if it does not come to the kernel's door."""
+
+    @property
+    @abstractmethod
+    def _unpacked_for(self) -> tuple[int, int] | None:
+        """Physical and virtual address that the kernel was unpacked for, None if it did not come to that."""
 
     def run(self) -> dict[str, Any]:
         services = self._services
@@ -70,8 +82,8 @@ class _Run:
             "stop": self._run_to_the_end(),
             "stub_exit_status": services.exit_status,
         }
-        if self._code.unpacked_for is not None:
-            out["kernel_pa"], out["kernel_va"] = self._code.unpacked_for
+        if self._unpacked_for is not None:
+            out["kernel_pa"], out["kernel_va"] = self._unpacked_for
         if out["stop"] == _ENTERED:
             out |= self._boot_params(self._machine.regs.rsi) | {"kernel_entry": self._machine.regs.rip}
         tables = list(self._config_tables())
@@ -94,14 +106,16 @@ class _Run:
     def _run_to_the_end(self) -> str:
         """Run; returns how it ended."""
         try:
-            self._code.stub()
+            self._stub()
         except GuestPanic as error:
             if self._services.exit_status is not None:
                 return f"BS.Exit({self._services.exit_status:#x})"
-            if not error.text.startswith("halted at "):
-                raise
-            return f"halted at image+{self._machine.regs.rip - self._image.base:#x}"
+            return self._halted(error)
         return _ENTERED
+
+    @abstractmethod
+    def _halted(self, error: GuestPanic) -> str:
+        """How a stub ended that stopped by itself."""
 
     def _boot_params(self, gpa: int) -> dict[str, Any]:
         page = self._physical.read(gpa, BOOT_PARAMS_SIZE)
@@ -127,6 +141,47 @@ class _Run:
             at = system_table["ConfigurationTable"] + number * size
             entry = EFI_CONFIGURATION_TABLE.parse(self._physical.read(at, size))
             yield guid_name(entry.VendorGuid), entry.VendorTable
+
+
+class _RealRun(_Run):
+    """The image's own machine code."""
+
+    def __init__(self, case: dict[str, Any], image: bytes) -> None:
+        super().__init__(case, image)
+        options = RunOptions(skip=True, timeout=TIMEOUT_INSTRUCTIONS)
+        self._code = RealCode(self._machine, self._physical, image, options)
+        self._code.vcpu.tsc = self._td.rdtsc
+
+    def _stub(self) -> None:
+        self._code.stub()
+
+    @property
+    def _unpacked_for(self) -> tuple[int, int] | None:
+        return self._code.unpacked_for
+
+    def _halted(self, error: GuestPanic) -> str:
+        if not error.text.startswith("halted at "):
+            raise error
+        return f"halted at image+{self._machine.regs.rip - self._image.base:#x}"
+
+
+class _OurRun(_Run):
+    """Our stub of the generation that was recorded."""
+
+    def __init__(self, case: dict[str, Any], image: bytes) -> None:
+        super().__init__(case, image)
+        self._machine.entropy = self._td
+
+    def _stub(self) -> None:
+        efi_stub(self._machine, MAINLINE)
+
+    @property
+    def _unpacked_for(self) -> tuple[int, int] | None:
+        placed = (r.event for r in self._td.trace.records if isinstance(r.event, KernelPlaced))
+        return next(((event.physical, event.virtual) for event in placed), None)
+
+    def _halted(self, error: GuestPanic) -> str:
+        return f"halted: {error.text}"
 
 
 def _rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:

@@ -47,9 +47,13 @@ class RecordedModule(TdxModule):
         """TDCALL; a page of 1 GiB can be accepted if the recorded host has such pages."""
         if regs.rcx & 7 != LEVEL_1G:
             return super().tdcall_run(regs, step, count)
-        regs.rax = self._accept_1g(regs.rcx & ~0xFFF)
-        self._host_1g.trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, regs.rcx, regs.rax, 1))
-        return int(regs.rax == TDX_SUCCESS)
+        for done in range(count):
+            regs.rax = self._accept_1g(regs.rcx & ~0xFFF)
+            self._host_1g.trace.add(TdCall(Leaf.TDG_MEM_PAGE_ACCEPT.spec_name, regs.rcx, regs.rax, 1))
+            if regs.rax != TDX_SUCCESS:
+                return done
+            regs.rcx += step if done < count - 1 else 0
+        return count
 
     def _accept_1g(self, gpa: int) -> int:
         if self._max_level < LEVEL_1G:
@@ -102,6 +106,10 @@ class RecordedTd:
         """What the recorded processor's TSC reads: 1000 more each time."""
         self.rdtscs += 1
         return self._tsc + self.rdtscs * _TSC_STEP
+
+    def rdrand(self) -> int:
+        """The recorded processor has no RDRAND, and CPUID says so."""
+        raise ValueError("RDRAND on a processor without it")
 
     def still_pending(self) -> list[list[int]]:
         """What is not accepted of the memory that was unaccepted."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
+from bootstub.events import KernelPlaced
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
@@ -30,6 +31,8 @@ def event_text(event: Event) -> str:
             return event.text
         case ServiceCall(service, args, status):
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
+        case KernelPlaced(physical, virtual, segments):
+            return f"kernel at {physical:#x}, {segments} segments, virtual offset {virtual:#x}"
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):

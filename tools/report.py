@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from guest.trace import Record, StageBegin, StageEnd
+from guest.trace import Record, StageBegin
 from tdx.events import PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.leaves import Leaf
 from tdx.sept import LEVEL_SIZE
@@ -31,15 +31,16 @@ class StageSummary:
     td_exits: int = 0
     seamcalls: Counter[str] = field(default_factory=Counter)
     begin_ns: int = 0
-    end_ns: int | None = None
+    end_ns: int = 0
 
     @property
     def ns(self) -> int:
-        """Virtual nanoseconds that the stage took; 0 if it did not end."""
-        return self.end_ns - self.begin_ns if self.end_ns is not None else 0
+        """Virtual nanoseconds that the stage took, up to its last event if it did not end."""
+        return self.end_ns - self.begin_ns
 
     def count(self, record: Record) -> None:
         """Take one event into account."""
+        self.end_ns = record.ns
         match record.event:
             case TdCall(leaf, rcx, status, count):
                 self.tdcalls[status_name(status)] += count
@@ -55,8 +56,6 @@ class StageSummary:
                 self.added_bytes += end - start
             case StageBegin():
                 self.begin_ns = record.ns
-            case StageEnd():
-                self.end_ns = record.ns
 
 
 def summarize(records: Iterable[Record]) -> list[StageSummary]:

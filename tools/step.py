@@ -17,8 +17,11 @@ from guest.trace import Event, Record, StageBegin
 from guest.units import PHYSICAL_ADDRESS_END, size_text
 from tools.cli import script
 from tools.config import add_options, boot_config, read_text
-from tools.pipeline import STAGE_NAMES, Boot, BootConfig
+from tools.pipeline import Boot, BootConfig
+from tools.postmortem import add_symbols_option, postmortem
+from tools.progress import StatusLine, interruptible
 from tools.render import event_text, hex_dump
+from tools.until import add_until_option, resolve_until
 
 MAX_MEM = 1 << 16
 _SHOWN = 12
@@ -29,6 +32,8 @@ _SOURCE = "unaccepted step, help"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_options(parser)
+    add_until_option(parser)
+    add_symbols_option(parser)
     parser.add_argument("--break", dest="breaks", metavar="EVENT", action="append", default=[], help="see `help break`")
     parser.add_argument("--commands", metavar="FILE", help="read commands from a file, then end")
 
@@ -36,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read commands until their end; 1 if the guest died."""
     lines = read_text(args.commands).splitlines() if args.commands is not None else None
-    stepper = Stepper(boot_config(args), lines)
+    config, until = resolve_until(args, boot_config(args))
+    stepper = Stepper(config, lines, until, args.system_map)
     for text in args.breaks:
         stepper.breakpoints.append(parse_breakpoint(text))
     stepper.loop()
@@ -85,9 +91,11 @@ class Stepper(cmd.Cmd):
     prompt = "(unaccepted) "
     doc_header = "Commands (help COMMAND):"
 
-    def __init__(self, config: BootConfig, lines: list[str] | None) -> None:
+    def __init__(
+        self, config: BootConfig, lines: list[str] | None, until: str | None = None, system_map: str | None = None
+    ) -> None:
         super().__init__()
-        self._config = config
+        self._config, self._until, self._system_map = config, until, system_map
         self._given = lines is not None
         self._interactive = lines is None and sys.stdin.isatty()
         self.cmdqueue = list(lines or [])
@@ -119,7 +127,7 @@ class Stepper(cmd.Cmd):
         return self._go(running=False)
 
     def do_continue(self, arg: str) -> bool:
-        """continue: run to the next break, or to the end of the boot."""
+        """continue: run to the next break, to the end of the stage of --until, or to the end of the boot."""
         return self._go(running=True)
 
     def do_back(self, arg: str) -> bool:
@@ -149,13 +157,13 @@ class Stepper(cmd.Cmd):
 
     def do_regs(self, arg: str) -> bool:
         """regs: show the registers that are not zero."""
-        values = self._boot.machine.regs.as_dict()
+        values = self._boot.registers().as_dict()
         self._say("  ".join(f"{name}={value:#x}" for name, value in values.items() if value) or "all zero")
         return False
 
     def do_changes(self, arg: str) -> bool:
         """changes: memory that the stage wrote, largest ranges first."""
-        self._show("wrote", list(self._written()))
+        self._show(self._wrote, list(self._written()))
         return False
 
     def do_accepted(self, arg: str) -> bool:
@@ -187,7 +195,7 @@ class Stepper(cmd.Cmd):
 
     def do_stages(self, arg: str) -> bool:
         """stages: which stages ran."""
-        for name in STAGE_NAMES:
+        for name in self._boot.stages:
             self._say(f"{'done' if name in self._boot.done else '    '}  {name}")
         return False
 
@@ -223,6 +231,7 @@ class Stepper(cmd.Cmd):
 
     def _start(self) -> None:
         self._boot = Boot(self._config)
+        self._status = StatusLine()
         self._boot.trace.watchers.append(self._watch)
         self.dead = self._paused = self._running = self._quiet = False
         self._accepted_before, self._first_event = RangeSet(), 0
@@ -230,7 +239,7 @@ class Stepper(cmd.Cmd):
     def _step_quietly(self) -> None:
         self._quiet = True
         self._begin_stage()
-        self._boot.step()
+        self._run_next()
         self._quiet = False
 
     def _begin_stage(self) -> None:
@@ -244,7 +253,7 @@ class Stepper(cmd.Cmd):
             self._paused = False
             return True
         self._run_stage()
-        while self._running and self._boot.next_stage is not None:
+        while self._running and self._boot.next_stage is not None and self._until not in self._boot.done:
             self._run_stage()
         return False
 
@@ -255,21 +264,34 @@ class Stepper(cmd.Cmd):
         self._begin_stage()
         before = self._boot.machine.regs.as_dict()
         try:
-            name = self._boot.step()
+            name = self._run_next()
         except BootError as error:
             self.dead, self._running = True, False
+            for line in postmortem(self._boot, error, self._system_map):
+                self._say(line)
             self._say(f"the guest died: {error}")
             return
         after = self._boot.machine.regs.as_dict()
         changed = [f"{reg}={value:#x}" for reg, value in after.items() if value != before[reg]]
         self._say(f"stage {name} done at {self._boot.clock.ns / 1e6:.3f} ms")
         self._say(f"registers {'  '.join(changed) or 'unchanged'}")
-        self._show("wrote", list(self._written()))
+        self._show(self._wrote, list(self._written()))
         self._show("accepted", list(self._newly_accepted()))
 
+    def _run_next(self) -> str:
+        """Run a stage; real code says on a terminal how far it is, and heeds Ctrl-C."""
+        self._boot.progress = self._status.show
+        try:
+            with interruptible(self._boot, lambda: self._paused):
+                return self._boot.step()
+        finally:
+            self._status.wipe()
+
     def _watch(self, record: Record) -> None:
+        self._status.on_record(record)
         if self._quiet or not any(b.hits(record) for b in self.breakpoints):
             return
+        self._status.wipe()
         self._say(f"stopped at {_record_text(record)}")
         self._paused, self._running = True, False
         self.cmdloop()
@@ -277,6 +299,11 @@ class Stepper(cmd.Cmd):
     def _written(self) -> RangeSet:
         writes = self._boot.machine.memory.writes
         return RangeSet((start, end) for number, start, end in writes if number >= self._first_event)
+
+    @property
+    def _wrote(self) -> str:
+        """Stores of real code are the engine's; only what the machine wrote for it is known."""
+        return "wrote" if self._boot.real_code is None else "wrote, besides real code's own stores,"
 
     def _newly_accepted(self) -> RangeSet:
         accepted = self._boot.sept.mapped()

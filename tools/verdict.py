@@ -12,9 +12,10 @@ from bootstub.e820_types import E820_TYPE_RAM
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
-from guest.ranges import RangeSet
+from guest.bitmap import GuestBitmap
+from guest.ranges import TOP, RangeSet
 from guest.records import RecordCopy
-from guest.units import PMD_SIZE
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
 from kernel.efi import EFI_UNACCEPTED_MEMORY
 from tdx.events import Finding
 
@@ -71,6 +72,12 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
     return ram
 
 
+def bitmap(boot: Boot) -> bytes:
+    """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
+    found = _table(boot, RecordCopy(boot.boot_params, BOOT_PARAMS)) if boot.boot_params is not None else None
+    return boot.physical.read(found[0], found[1]) if found is not None else boot.bitmap()
+
+
 def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None
@@ -78,19 +85,12 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     found = _table(boot, params)
     if found is None and not params["unaccepted_memory"]:
         return None
-    at, size, unit, base = found or (params["unaccepted_memory"], len(boot.bitmap()), PMD_SIZE, 0)
-    bits = int.from_bytes(boot.physical.read(at, size), "little")
+    at, size, unit, base = found or (params["unaccepted_memory"], PHYSICAL_ADDRESS_END, PMD_SIZE, 0)
+    bitmap, described = GuestBitmap(boot.physical, at), min(base + size * BITS_PER_BYTE * unit, TOP)
     unaccepted = RangeSet()
-    position = 0
-    while bits:
-        skip = (bits & -bits).bit_length() - 1
-        bits, position = bits >> skip, position + skip
-        run = (~bits & bits + 1).bit_length() - 1
-        unaccepted.add(base + position * unit, base + (position + run) * unit)
-        bits, position = bits >> run, position + run
-    for start, end in list(unaccepted):
-        for gap in list(boot.host.ram.gaps(start, end)):
-            unaccepted.remove(gap.start, gap.end)
+    for start, end in boot.host.ram.within(base, described):
+        for first, last in bitmap.runs((start - base) // unit, DIV_ROUND_UP(end - base, unit)):
+            unaccepted.add(max(base + first * unit, start), min(base + last * unit, end))
     return unaccepted
 
 

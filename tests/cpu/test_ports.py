@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpu.devices import Devices
+from cpu.devices import UART_BASE, Devices
 
 
 @pytest.mark.parametrize("port", range(0x40, 0x44), ids=hex)
@@ -19,3 +19,12 @@ def test_the_timer_stands_still(port: int) -> None:
 def test_a_port_without_a_device_reads_as_all_ones(size: int, value: int) -> None:
     """Nothing drives the bus."""
     assert Devices(lambda line: None).read(0x44, size) == value
+
+
+def test_lines_of_the_uart_come_through_byte_for_byte() -> None:
+    """A line ends with CR LF or LF; everything before that is kept: blanks, tabs, CR, escapes, what is no UTF-8."""
+    lines: list[str] = []
+    devices = Devices(lines.append)
+    for byte in "[    0.1] a \t\x1b[1m é \r\r\n\n".encode() + b"\xff\x00\n unfinished":
+        devices.write(UART_BASE, 1, byte)
+    assert lines == ["[    0.1] a \t\x1b[1m é \r", "", "\\xff\x00"]

@@ -8,6 +8,7 @@ import pytest
 
 from bootstub.boot_params import e820_table_of
 from bootstub.bzimage import parse_bzimage
+from bootstub.efi_stub import LOAD_PHYSICAL_ADDR
 from bootstub.payload import decompress
 from cpu.answer import find_payload_users
 from cpu.postmortem import report
@@ -82,9 +83,23 @@ def test_the_real_kernel_reaches_its_zones(debian_kernel: Path) -> None:
 
 
 def test_the_real_decompressor_runs_after_our_stub(debian_kernel: Path) -> None:
-    """Bytes are the only interface: the real decompressor starts from what our stub left."""
-    boot = real_boot(debian_kernel, "decompressor", timeout=5_000_000)
-    with pytest.raises(GuestPanic, match="basic blocks"):
+    """Bytes are the only interface: the real decompressor starts from what our stub left, and our kernel goes on."""
+    boot = real_boot(debian_kernel, "decompressor")
+    boot.run()
+    assert boot.next_stage is None
+    assert boot.real_code is not None
+    assert boot.real_code.unpacked_for == (LOAD_PHYSICAL_ADDR, LOAD_PHYSICAL_ADDR)
+    assert boot.kernel is not None
+    assert boot.kernel.image.start == LOAD_PHYSICAL_ADDR
+    assert boot.kernel.allocator is not None
+    assert any(zone.nr_unaccepted for zone in boot.kernel.allocator.zones)
+    assert unaccepted_by_bitmap(boot) == unaccepted_by_module(boot)
+
+
+def test_a_timeout_ends_real_code(debian_kernel: Path) -> None:
+    """With ``full`` the decompressor unpacks the kernel itself, which a timeout cuts short."""
+    boot = real_boot(debian_kernel, "decompressor", timeout=5_000_000, full=True)
+    with pytest.raises(GuestPanic, match="instructions"):
         boot.run()
     assert boot.done == ["host", "firmware", "efi-stub"]
     assert boot.real_code is not None

@@ -53,6 +53,21 @@ def test_text():
     ]
 
 
+def test_placed():
+    """Where KASLR moved the kernel, its symbols move by as much, and per-CPU offsets stay."""
+    symbols = parse_system_map(MAP)
+    moved = symbols.placed(TEXT + 0x20_0000)
+    assert moved.addresses == (0, 0x31000, *(address + 0x20_0000 for address in symbols.addresses[2:]))
+    assert (moved.name(TEXT + 0x20_0041), moved.name(TEXT + 0x41)) == ("local_function+0x1", f"{TEXT + 0x41:#x}")
+    assert moved.placed(TEXT) == symbols.placed(TEXT) == symbols
+
+
+def test_placed_without_a_start():
+    """Symbols without _text stay where they are."""
+    symbols = parse_system_map("ffffffff81000040 t local_function\n")
+    assert symbols.placed(TEXT + 0x20_0000) == symbols
+
+
 def test_address():
     """A name is looked up, unknown ones are None."""
     symbols = parse_system_map(MAP)

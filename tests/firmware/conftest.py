@@ -18,7 +18,7 @@ from firmware.boot_services import EfiServices
 from firmware.hob import Resource, read_hob_list
 from firmware.launch import launch_td
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import BUILT_IN, MMIO, low_memory
+from firmware.ovmf_layout import BUILT_IN, low_memory, mmio
 from firmware.system_table import build_system_table
 from guest.clock import CostTable, VirtualClock
 from guest.machine import Machine
@@ -138,7 +138,7 @@ def build_efi(memory: int = 4 << 30) -> Efi:
     launch_td(lab.host, BUILT_IN, [], lab.machine.regs)
     resources: list[Resource] = read_hob_list(lab.machine.memory, lab.machine.regs.rcx)
     accept_below_4g(lab.machine, resources)
-    memory_map = MemoryMap(low_memory(resources), MMIO)
+    memory_map = MemoryMap(low_memory(resources), mmio(True))
     services = EfiServices(lab.machine, memory_map, Arena(lab.machine.memory, memory_map))
     build_system_table(services)
     return Efi(lab, services)

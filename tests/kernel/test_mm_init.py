@@ -198,6 +198,16 @@ def test_guest_without_room_for_its_own_tables(new_boot):
         new_boot("mm-init", memory=64 * MIB)
 
 
+def test_struct_pages_in_pieces(new_boot):
+    """Where no range of memory has room for all struct pages, each section gets its own; the books agree."""
+    rows = [(UNACCEPTED, (4 + 8 * number) * GIB, (5 + 8 * number) * GIB) for number in range(40)]
+    low = [(CONVENTIONAL, 0x1000, 0xA0000), (CONVENTIONAL, MIB, 512 * MIB)]
+    boot = new_boot("mm-init", **given_map(*low, *rows))
+    check_books(boot)
+    sections = 40 * 8 + 4
+    assert 40 * GIB - not_mapped(boot).total() >= (sections - 200) * 2 * MIB
+
+
 @pytest.mark.parametrize("host_level", [0, 1])
 def test_unaccepted_memory_in_pieces(new_boot, host_level):
     """Holes, odd borders and boot services memory between unaccepted ranges: the books still agree."""

@@ -9,7 +9,7 @@ from guest.registers import Registers
 from tdx.events import PageAdd, SeamCall, TdExit, TdVmCall
 from tdx.sept import SeptEntry, SeptState
 from tdx.td_exit import EptViolation
-from tdx.vmm import q35_ram
+from tdx.vmm import MachineType, q35_ram
 
 SHARED = 1 << 51
 INVALID_OPERAND = 0x8000_0000_0000_0000
@@ -177,3 +177,25 @@ def test_q35_splits_ram_at_2816_mib(memory, ranges):
     found = q35_ram(memory)
     assert list(found) == ranges
     assert found.total() == memory
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "memory", "low"),
+    [
+        ("pc", None, 2 << 30, 2 << 30),
+        ("pc", None, 0xE000_0000 - SZ_4K, 0xE000_0000 - SZ_4K),
+        ("pc", None, 0xE000_0000, 3 << 30),
+        ("pc", None, 40 << 30, 3 << 30),
+        ("pc", 0xE000_0000, 4 << 30, 3 << 30),
+        ("pc", 1 << 30, 4 << 30, 1 << 30),
+        ("q35", 1 << 30, 4 << 30, 1 << 30),
+        ("q35", 3 << 30, 4 << 30, 2 << 30),
+        ("q35", 1 << 30, 512 << 20, 512 << 20),
+    ],
+)
+def test_machines_split_ram(machine, limit, memory, low):
+    """pc keeps 3 GiB low if not all fits in 3.5 GiB; max-ram-below-4g makes the low part smaller, never larger."""
+    found = MachineType(machine, limit).ram(memory)
+    assert next(iter(found)) == (0, low)
+    assert found.total() == memory
+    assert not found.overlaps(low, SZ_4G)

@@ -159,3 +159,18 @@ def test_too_many_faults(file):
     """A script of more than 1024 faults is refused."""
     with pytest.raises(FormatError, match="1025 faults"):
         configured("--fault-script", str(file("faults", "busy\n" * 1025)))
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "", "1.5", "seven", "18446744073709551616", "\u0663", "9" * 5000], ids=lambda t: t[:8]
+)
+def test_seed_that_is_none(text):
+    """A seed is a number of 64 bits."""
+    with pytest.raises(FormatError) as caught:
+        configured(f"--seed={text}")
+    assert (caught.value.what, caught.value.expected) == ("--seed", "a number from 0 to 18446744073709551615")
+
+
+def test_seed():
+    """The seed of real code; 0 if nothing is said."""
+    assert (configured("--seed", "18446744073709551615").seed, configured().seed) == ((1 << 64) - 1, 0)

@@ -18,7 +18,7 @@ from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor, pack_map
 from guest.errors import BootError, FormatError
 from kernel.efi import memmap_lines
-from tools.efi_map import parse_efi_map
+from tools.maps.source import boot_descriptors, parse_text
 from tools.pipeline import Boot, BootConfig
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "efi_maps"
@@ -27,6 +27,10 @@ CAPTURES = {"efirom-q35-2G-attrs-k6.12": 133, "efirom-q35-2G-types-k6.1": 152, "
 
 LINE = "efi: mem{:02}: [{:<12}|   |  |  |  |  |  |  |  |  |  |   |WB|WT|WC|UC] range=[0x{:016x}-0x{:016x}] ({}MB)"
 ROW = {"type": "Unaccepted", "start": "0x100000000", "pages": 524288}
+
+
+def parse_efi_map(text: str, name: str) -> tuple[MemoryDescriptor, ...]:
+    return boot_descriptors(parse_text(text, name))
 
 
 def log(name: str) -> str:
@@ -122,7 +126,7 @@ def test_largest_values_fit_the_descriptor():
         (json.dumps([ROW | {"type": True}]), "m: descriptor 0, type", "True"),
         (json.dumps([ROW | {"type": [[1]]}]), "m: descriptor 0, type", "[[1]]"),
         (json.dumps([ROW | {"start": 1 << 64}]), "m: descriptor 0, start", str(1 << 64)),
-        (json.dumps([ROW | {"start": "4G"}]), "m: descriptor 0, start", "'4G'"),
+        (json.dumps([ROW | {"start": "4X"}]), "m: descriptor 0, start", "'4X'"),
         (json.dumps([ROW | {"pages": -1}]), "m: descriptor 0, pages", "-1"),
         (json.dumps([ROW | {"pages": 1.5}]), "m: descriptor 0, pages", "1.5"),
         (json.dumps([ROW, {"type": 7}]), "m: descriptor 1, start", "None"),

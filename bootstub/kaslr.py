@@ -1,0 +1,82 @@
+"""Random places for the kernel: where the numbers come from, and how the stub of 6.12 chooses.
+
+Sources: arch/x86/lib/kaslr.c, kaslr_get_random_long(); arch/x86/boot/compressed/kaslr.c, get_boot_seed();
+drivers/firmware/efi/libstub/randomalloc.c, efi_random_alloc().
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from bootstub.bzimage import parse_bzimage
+from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
+from firmware.memory_descriptor import MemoryDescriptor
+from guest.machine import Machine
+from guest.registers import MASK64
+from guest.units import round_down, round_up
+
+MIX_CONSTANT = 0x5D60_08CB_F384_8DD3
+_ROTATION = 7
+_FEATURES, _RDRAND, _TSC = 1, 1 << 30, 1 << 4
+
+
+def boot_seed(image: bytes, boot_params: bytes) -> int:
+    """The hash that randomness starts from: over the build string of ``image``, a bzImage, and all of boot_params."""
+    bzimage = parse_bzimage(image)
+    release = (bzimage.kernel_version or "").partition(" ")[0].encode()
+    start = image.find(release, bzimage.protected_mode_offset)
+    build = image[start : image.find(b"\0", start) + 1] if start >= 0 and release else b""
+    return _rotate_xor(_rotate_xor(0, build), boot_params)
+
+
+def kaslr_get_random_long(machine: Machine, seed: int) -> int:
+    """64 bits out of :func:`boot_seed` and what the processor has: RDRAND, and the TSC.
+
+    The halves of a product of 128 bits are added, so that every bit comes to count.
+    """
+    _, _, ecx, edx = machine.platform.cpuid(_FEATURES)
+    if ecx & _RDRAND:
+        seed ^= machine.entropy.rdrand()
+    if edx & _TSC:
+        seed ^= machine.entropy.rdtsc()
+    product = seed * MIX_CONSTANT
+    return (product & MASK64) + (product >> 64) & MASK64
+
+
+def random_slot(
+    descriptors: Sequence[MemoryDescriptor], size: int, align: int, seed: int, minimum: int, soft_reserve: bool
+) -> int | None:
+    """The address that ``seed``, 32 bits, stands for among all aligned places for ``size`` bytes; None if none fits.
+
+    Places lie in conventional memory from ``minimum`` on, in the order of the map; where some memory is more
+    reliable, only that counts. Memory that can be unplugged does not, and with ``soft_reserve`` none for a special
+    purpose.
+    """
+    slots = [(first, count, d) for d in descriptors for first, count in [_slots(d, size, align, minimum, soft_reserve)]]
+    mirrored = [slot for slot in slots if slot[2].attribute & EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE]
+    slots = mirrored if any(count for _, count, _ in mirrored) else slots
+    target = sum(count for _, count, _ in slots) * seed >> 32
+    for first, count, _ in slots:
+        if target < count:
+            return first + target * align
+        target -= count
+    return None
+
+
+def _slots(d: MemoryDescriptor, size: int, align: int, minimum: int, soft_reserve: bool) -> tuple[int, int]:
+    """The first place in a descriptor's range, and how many there are."""
+    unfit = EfiMemoryAttribute.EFI_MEMORY_HOT_PLUGGABLE
+    if soft_reserve:
+        unfit |= EfiMemoryAttribute.EFI_MEMORY_SP
+    first, last = round_up(max(d.start, minimum), align), round_down(d.end - size, align)
+    if d.type != EfiMemoryType.EfiConventionalMemory or d.attribute & unfit or d.end <= size or first > last:
+        return first, 0
+    return first, (last - first) // align + 1
+
+
+def _rotate_xor(value: int, data: bytes) -> int:
+    """Fold the whole 64-bit words of ``data`` into ``value``."""
+    for (word,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8]):
+        value = ((value << 64 - _ROTATION | value >> _ROTATION) & MASK64) ^ word
+    return value

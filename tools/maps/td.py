@@ -1,0 +1,24 @@
+"""Our own firmware's map: what a TD of some size and machine has when its kernel is entered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bootstub.sample_kernel import sample_bzimage
+from firmware.tdvf import Tdvf
+from tools.config import parse_machine, parse_memory
+from tools.maps.platform_map import PlatformMap, efi_map
+from tools.pipeline import Boot, BootConfig
+
+PREFIX = "td:"
+FORM = "the firmware's map of a TD"
+
+
+def td_map(spec: str, firmware: Tdvf | None = None) -> PlatformMap:
+    """The map of ``td:MEMORY[,MACHINE]``, after the stages host and firmware, with the image ``firmware`` or none."""
+    memory, _, machine = spec.removeprefix(PREFIX).partition(",")
+    config = BootConfig(sample_bzimage(), parse_memory(memory), parse_machine(machine or "q35"))
+    boot = Boot(config if firmware is None else replace(config, firmware=firmware))
+    boot.run("firmware")
+    assert boot.firmware_map is not None
+    return efi_map(boot.firmware_map.descriptors(), spec, FORM)
