@@ -170,6 +170,10 @@ class Engine:
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         self.uc.mem_map_ptr(gpa, len(view), self.unicorn.UC_PROT_ALL, address)
 
+    def unmap(self, gpa: int, size: int) -> None:
+        """Let the guest no longer see ``[gpa, gpa + size)``, all of it mapped."""
+        self.uc.mem_unmap(gpa, size)
+
     def guarded(self, function: Callable[[], Any]) -> Callable[..., Any]:
         """``function`` without arguments as a callback for C, which no exception may enter.
 

@@ -27,6 +27,8 @@ from tdx.ve import ExitReason, VeInfo
 
 _TDCALL = b"\x66\x0f\x01\xcc"
 _PIECE = SZ_64M
+_ADDRESS_BITS = 40
+"""Of physical addresses in the engine. The highest is a TD's shared bit: shared memory has bytes of its own."""
 _SHADOW_SPACE = 0x28
 """Return address and home space before the fifth argument (Microsoft x64 convention)."""
 _MSR_EFER, _MSR_STAR, _MSR_LSTAR, _MSR_FMASK = 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084
@@ -54,7 +56,7 @@ class Vcpu:
         self.engine = Engine(seed)
         self.state = self.engine.state
         self._mapped = RangeSet()
-        self._address_mask = (1 << 39) - PAGE_SIZE
+        self._address_mask = (1 << _ADDRESS_BITS) - PAGE_SIZE
         self.exceptions: dict[int, int] = {}
         self.ve_reasons: dict[ExitReason, int] = {}
         """Number of #VE so far by exit reason."""
@@ -85,6 +87,12 @@ class Vcpu:
         """The registers as they are now."""
         values = {name: self.state.regs[number] for number, name in enumerate(REGISTER_ORDER)}
         return Registers(**values, rip=self.state.rip, cr3=self.state.cr[3])
+
+    def forget(self, start: int, end: int) -> None:
+        """Take ``[start, end)`` out of the engine: the next access asks the platform again."""
+        for low, high in list(self._mapped.within(start, end)):
+            self.engine.unmap(low, high - low)
+            self._mapped.remove(low, high)
 
     def break_at(self, linear: int, action: Callable[[], None]) -> None:
         """Call ``action`` whenever the instruction at ``linear`` is about to run."""

@@ -61,6 +61,9 @@ class PhysicalMemory:
 
     def clear(self, start: int, end: int) -> None:
         """Make ``[start, end)`` read as zero; whole pages are given back, not written."""
+        index = start // WINDOW_SIZE
+        if index not in self._windows and 0 <= start < end <= min((index + 1) * WINDOW_SIZE, PHYSICAL_ADDRESS_END):
+            return
         for low, high in self.pieces(start, end):
             window = self._windows.get(low // WINDOW_SIZE)
             if window is not None:

@@ -89,6 +89,20 @@ class RangeMap(Generic[T]):
         starts[first:last] = new_starts
         values[first:last] = new_values
 
+    def move_border(self, start: int, end: int, before: T, after: T) -> bool:
+        """Give ``after`` to ``[start, end)`` if it begins a longer run of ``before`` behind a run of ``after``.
+
+        False, and nothing is changed, if it does not. The values must be these very objects.
+        """
+        starts, values = self._starts, self._values
+        index = bisect_left(starts, start)
+        if index == 0 or index == len(starts) or values[index] is not before or values[index - 1] is not after:
+            return False
+        if starts[index] != start or (index + 1 < len(starts) and starts[index + 1] <= end):
+            return False
+        starts[index] = end
+        return True
+
 
 class RangeSet:
     """A set of addresses, kept as disjoint ranges that do not touch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from guest.clock import VirtualClock
 
@@ -64,6 +65,10 @@ class Record:
     event: Event
 
 
+def _itself(event: Event) -> Event:
+    return event
+
+
 class Trace:
     """The list that everything appends to.
 
@@ -73,17 +78,37 @@ class Trace:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self.stage = "none"
-        self.records: list[Record] = []
+        self._records: list[Record] = []
+        self._later: list[tuple[str, int, Callable[..., Event], tuple[Any, ...]]] = []
         self.watchers: list[Callable[[Record], None]] = []
 
     @property
     def count(self) -> int:
         """Number of events so far, which is also the number of the next one."""
-        return len(self.records)
+        return len(self._records) + len(self._later)
+
+    @property
+    def records(self) -> list[Record]:
+        """All events so far, with number, stage and time."""
+        later, self._later = self._later, []
+        for stage, ns, kind, values in later:
+            self._records.append(Record(len(self._records), stage, ns, kind(*values)))
+        return self._records
 
     def add(self, event: Event) -> None:
         """Append ``event`` under the current stage and time."""
-        record = Record(len(self.records), self.stage, self._clock.ns, event)
-        self.records.append(record)
+        if not self.watchers:
+            self._later.append((self.stage, self._clock.ns, _itself, (event,)))
+            return
+        records = self.records
+        record = Record(len(records), self.stage, self._clock.ns, event)
+        records.append(record)
         for watcher in self.watchers:
             watcher(record)
+
+    def add_later(self, kind: type[Event], *values: Any) -> None:
+        """Append the event ``kind(*values)``, which is made when somebody looks: for what happens a million times."""
+        if self.watchers:
+            self.add(kind(*values))
+        else:
+            self._later.append((self.stage, self._clock.ns, kind, values))

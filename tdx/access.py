@@ -56,14 +56,14 @@ class Access:
 
     def _private(self, gpa: int, size: int, kind: AccessKind) -> tuple[int, int]:
         end, at, low, exits = gpa + size, gpa, gpa, 0
-        write_only_once = False
+        ask_again = False
         while True:
             start, reached, entry = self._sept.walk(at, LEVEL_4K)
             if entry.state is SeptState.MAPPED or (entry.state is SeptState.BLOCKEDW and kind == "read"):
-                write_only_once |= entry.state is SeptState.BLOCKEDW
+                ask_again |= entry.state is SeptState.BLOCKEDW
                 low = min(low, start)
                 if reached >= end:
-                    return (gpa, gpa) if write_only_once else (low, reached)
+                    return (gpa, gpa) if ask_again else (low, reached)
                 at, exits = reached, 0
                 continue
             exits += 1

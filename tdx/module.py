@@ -30,6 +30,8 @@ from tdx.vmm import Host
 
 __all__ = ["TdConfig", "TdxModule"]
 
+_ACCEPT = int(Leaf.TDG_MEM_PAGE_ACCEPT)
+
 _VERSION_1 = 1 << 16
 _LEAVES: dict[int, Callable[[Td, Registers], int]] = {
     Leaf.TDG_VP_VMCALL: vcpu.vp_vmcall,
@@ -100,8 +102,9 @@ class TdxModule:
 
     def tdcall(self, regs: Registers) -> None:
         """Execute one TDCALL. RAX has the leaf (bits 15:0) and version; it returns the completion status."""
-        if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT:
-            self.tdcall_run(regs, 0, 1)
+        if regs.rax == _ACCEPT:
+            if not self.page_accept.tdcall(regs):
+                self.tdcall_run(regs, 0, 1)
             return
         rcx, selector = regs.rcx, regs.rax
         self._clock.advance(self._costs.tdcall)

@@ -29,6 +29,7 @@ from tdx.sept import (
     ACCESSIBLE_STATES,
     LEVEL_2M,
     LEVEL_SIZE,
+    MAPPED_AT,
     PIECES,
     TABLE_STATES,
     SecureEpt,
@@ -80,6 +81,24 @@ class PageAccept:
         self.interrupts: Interrupts | None = None
         self.injector: Injector | None = None
         """The faults that meet accepts, if any."""
+        pages = (size // PAGE_SIZE for size in LEVEL_SIZE[: LEVEL_2M + 1])
+        self._success_ns = [costs.tdcall + count * costs.zero_4k for count in pages]
+
+    def tdcall(self, regs: Registers) -> bool:
+        """One TDCALL in the common case, the next page behind those accepted; False, and nothing is done, in others."""
+        rcx = regs.rcx
+        level = rcx & 0xFFF
+        if level > LEVEL_2M or self.interrupts is not None or self.injector is not None:
+            return False
+        gpa, size = rcx - level, LEVEL_SIZE[level]
+        end = gpa + size
+        if gpa % size or end > self._shared_mask or not self._sept.accept_next(gpa, end, level):
+            return False
+        self._physical.clear(gpa, end)
+        self._trace.add_later(TdCall, _NAME, rcx, TDX_SUCCESS, 1)
+        self._clock.ns += self._success_ns[level]
+        regs.rax = TDX_SUCCESS
+        return True
 
     def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
         """TDCALL up to ``count`` times with RCX growing by ``step``, while it succeeds; see ``Platform``."""
@@ -140,7 +159,7 @@ class PageAccept:
             count = 1
         end = gpa + count * LEVEL_SIZE[entry.level]
         self._physical.clear(gpa + entry.progress * PAGE_SIZE, end)
-        self._sept.put_leaves(gpa, end, SeptEntry(SeptState.MAPPED, entry.level))
+        self._sept.put_leaves(gpa, end, MAPPED_AT[entry.level])
         self._zero_already += entry.progress
         self._exits = 0
         return count
@@ -165,5 +184,5 @@ class PageAccept:
         if status == TDX_SUCCESS:
             pages = count * LEVEL_SIZE[rcx & 7] // PAGE_SIZE - self._zero_already
             self._zero_already = 0
-        self._trace.add(TdCall(_NAME, rcx, status, count))
+        self._trace.add_later(TdCall, _NAME, rcx, status, count)
         self._clock.advance(count * self._costs.tdcall + pages * self._costs.zero_4k)

@@ -39,6 +39,8 @@ from tdx.sept import (
     LEVEL_4K,
     LEVEL_256T,
     LEVEL_SIZE,
+    MAPPED_AT,
+    PENDING_AT,
     TABLE_STATES,
     SecureEpt,
     SeptEntry,
@@ -267,7 +269,7 @@ class SeamCalls:
         return status
 
     def _count(self, leaf: str, rcx: int, status: int, count: int) -> None:
-        self._trace.add(SeamCall(leaf, rcx, status, count))
+        self._trace.add_later(SeamCall, leaf, rcx, status, count)
         if self.runnable:
             self._clock.advance(count * self._costs.seamcall)
 
@@ -319,7 +321,7 @@ class SeamCalls:
         (self._sept.put_tables if entry.state in TABLE_STATES else self._sept.put_leaves)(start, end, entry)
 
     def _page_add(self, start: int, end: int, entry: SeptEntry) -> int:
-        self._sept.put_leaves(start, end, SeptEntry(_S.MAPPED, LEVEL_4K))
+        self._sept.put_leaves(start, end, MAPPED_AT[LEVEL_4K])
         return TDX_SUCCESS
 
     def _sept_add(self, start: int, end: int, entry: SeptEntry) -> int:
@@ -327,7 +329,7 @@ class SeamCalls:
         return TDX_SUCCESS
 
     def _page_aug(self, start: int, end: int, entry: SeptEntry) -> int:
-        self._sept.put_leaves(start, end, SeptEntry(_S.PENDING, entry.level))
+        self._sept.put_leaves(start, end, PENDING_AT[entry.level])
         return TDX_SUCCESS
 
     def _range_block(self, start: int, end: int, entry: SeptEntry) -> int:

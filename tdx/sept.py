@@ -70,6 +70,9 @@ class SeptEntry(NamedTuple):
 
 
 FREE = SeptEntry(SeptState.FREE, LEVEL_4K)
+PENDING_AT = tuple(SeptEntry(SeptState.PENDING, level) for level in range(LEVEL_1G + 1))
+MAPPED_AT = tuple(SeptEntry(SeptState.MAPPED, level) for level in range(LEVEL_1G + 1))
+"""Entries of each level, as one object each: :meth:`SecureEpt.accept_next` looks for these."""
 _FREE_AT = tuple(SeptEntry(SeptState.FREE, level) for level in range(len(LEVEL_SIZE)))
 
 
@@ -139,6 +142,11 @@ class SecureEpt:
         """The host lets go of the entry."""
         self._locks.discard((level, round_down(gpa, LEVEL_SIZE[level])))
 
+    @property
+    def has_locks(self) -> bool:
+        """Whether any entry is locked."""
+        return bool(self._locks)
+
     def unlocked(self, gpa: int, level: int, count: int) -> int:
         """How many of the ``count`` entries of ``level`` from ``gpa`` on come before one that is locked."""
         if self._locks:
@@ -158,6 +166,16 @@ class SecureEpt:
         self._has_blocked_tables |= entry.state is SeptState.NL_BLOCKED
         self._tables[entry.level].assign(start, end, entry)
 
+    def accept_next(self, start: int, end: int, level: int) -> bool:
+        """PENDING to MAPPED for the page of ``level`` at ``start``, in the one case that is common.
+
+        That is a page behind a MAPPED one, before a PENDING one, where no table is blocked and nothing locked. False,
+        and nothing is changed, in any other.
+        """
+        if self._has_blocked_tables or self._locks:
+            return False
+        return self._leaves.move_border(start, end, PENDING_AT[level], MAPPED_AT[level])
+
     def revoke(self, start: int, end: int) -> None:
         """Tell whoever remembers translations."""
         for forget in self.on_revoke:
@@ -167,15 +185,15 @@ class SecureEpt:
 
     def page_add(self, start: int, end: int) -> None:
         """FREE to MAPPED, 4 KiB pages (TDH.MEM.PAGE.ADD)."""
-        self._move(start, end, SeptState.FREE, SeptEntry(SeptState.MAPPED, LEVEL_4K))
+        self._move(start, end, SeptState.FREE, MAPPED_AT[LEVEL_4K])
 
     def page_aug(self, start: int, end: int, level: int) -> None:
         """FREE to PENDING, pages of ``level`` (TDH.MEM.PAGE.AUG)."""
-        self._move(start, end, SeptState.FREE, SeptEntry(SeptState.PENDING, level))
+        self._move(start, end, SeptState.FREE, PENDING_AT[level])
 
     def page_accept(self, start: int, end: int, level: int) -> None:
         """PENDING to MAPPED, pages of ``level`` (TDG.MEM.PAGE.ACCEPT)."""
-        self._move(start, end, SeptState.PENDING, SeptEntry(SeptState.MAPPED, level))
+        self._move(start, end, SeptState.PENDING, MAPPED_AT[level])
 
     def page_blockw(self, start: int, end: int, level: int) -> None:
         """MAPPED to BLOCKEDW, pages of ``level``, as an export of the TD begins (TDH.EXPORT.BLOCKW)."""

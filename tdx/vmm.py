@@ -73,7 +73,7 @@ class Host:
 
         ``extend``: the contents too are measured into MRTD (TDH.MR.EXTEND).
         """
-        self._add_tables(gpa, gpa + size, LEVEL_4K)
+        self._add_tables(gpa, gpa + size, LEVEL_4K, self.sept.top)
         done, status, _ = self.seam.run(SeamLeaf.TDH_MEM_PAGE_ADD, gpa, size // PAGE_SIZE)
         if status != TDX_SUCCESS:
             raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
@@ -140,9 +140,10 @@ class Host:
                     state="no RAM", end="EPT violation, TD exit; the host has nothing to map",
                 )  # fmt: skip
             level, size, backed = LEVEL_4K, PAGE_SIZE, 1
-        backed = max(1, self.sept.unlocked(gpa, level, backed))
+        if self.sept.has_locks:  # any of the calls may fail: one page at a time
+            backed = 1
         self._exits(gpa, level, backed)
-        self._add_tables(gpa, gpa + backed * size, level)
+        self._add_tables(gpa, gpa + backed * size, level, exit.entry.level)
         self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, gpa | level, backed)
 
     def _back_ahead(self, start: int, end: int) -> None:
@@ -153,13 +154,13 @@ class Host:
             if level and (start % PMD_SIZE or stop - start < PMD_SIZE):
                 level, stop = LEVEL_4K, min(stop, round_up(start + 1, PMD_SIZE))
             stop = round_down(stop, LEVEL_SIZE[level])
-            self._add_tables(start, stop, level)
+            self._add_tables(start, stop, level, self.sept.top)
             self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, start | level, (stop - start) // LEVEL_SIZE[level])
             start = stop
 
-    def _add_tables(self, start: int, end: int, level: int) -> None:
-        """Add the tables that pages of ``level`` in ``[start, end)`` need and that are not there."""
-        for upper in range(self.sept.top, level, -1):
+    def _add_tables(self, start: int, end: int, level: int, top: int) -> None:
+        """Add the tables up to level ``top`` that pages of ``level`` in ``[start, end)`` need and do not have."""
+        for upper in range(top, level, -1):
             size = LEVEL_SIZE[upper]
             span = round_down(start, size), round_up(end, size)
             for low, high, table in list(self.sept.tables(upper, *span)):
@@ -213,7 +214,7 @@ class Host:
 
     def _exits(self, gpa: int, level: int, count: int) -> None:
         self.clock.advance(count * self.costs.td_exit)
-        self.trace.add(TdExit(gpa, level, count))
+        self.trace.add_later(TdExit, gpa, level, count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,7 @@ def _real_code(boot: Boot) -> RealCode:
         options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
         boot.host.instructions = Instructions(boot.real_code.devices)
+        boot.sept.on_revoke.append(boot.real_code.vcpu.forget)
     return boot.real_code
 
 

@@ -141,3 +141,25 @@ def test_ranges_are_not_hashable():
         hash(RangeMap(0))
     assert RangeSet() != 0
     assert RangeMap(0) != 0
+
+
+BEFORE, AFTER = (1,), (2,)
+"""Values that can be told apart by identity."""
+
+
+@given(st.lists(st.tuples(spans, st.sampled_from([BEFORE, AFTER, None])), max_size=5), spans)
+def test_moving_a_border_is_an_assignment_that_was_easy(operations, span):
+    """If it says that it did, the map is as after ``assign``; if not, nothing changed, and it was not that case."""
+    ours, wanted = RangeMap(None), RangeMap(None)
+    for (start, end), value in operations:
+        ours.assign(start, end, value)
+        wanted.assign(start, end, value)
+    start, end = span
+    if start == end:
+        return
+    run = wanted.run_at(start)
+    easy = run[0] == start > 0 and run[2] is BEFORE and end < run[1] and wanted[start - 1] is AFTER
+    assert ours.move_border(start, end, BEFORE, AFTER) is (easy and run[1] > end)
+    if easy:
+        wanted.assign(start, end, AFTER)
+    assert ours == wanted

@@ -426,3 +426,41 @@ def test_a_run_is_interrupted_page_by_page(make_td):
         done = td.machine.platform.tdcall_run(regs, SZ_2M, 5)
         outcomes.append((done, regs.rax, td.states(0, 1 << 40), td.calls(), td.exits(), td.seamcalls(), td.clock.ns))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("obstacle", ["lock", "blocked table"])
+def test_the_next_page_is_not_taken_for_granted(make_td, exits, obstacle):
+    """A page behind accepted ones, before PENDING ones, is still busy if locked, and exits below a blocked table."""
+    td = make_td(RAM)
+    td.sept.page_aug(P, P + 4 * SZ_2M, 1)
+    assert accept(td, P | 1) == accept(td, P + SZ_2M | 1) == 0
+    if obstacle == "lock":
+        td.sept.lock(P + 2 * SZ_2M, 1)
+        assert accept(td, P + 2 * SZ_2M | 1) == BUSY
+    else:
+        assert td.host.seam.run(BLOCK, P | 2).status == 0
+        with pytest.raises(Exited):
+            accept(td, P + 2 * SZ_2M | 1)
+    assert td.states(P, P + 4 * SZ_2M) == [
+        (P, P + 2 * SZ_2M, "MAPPED", 1),
+        (P + 2 * SZ_2M, P + 4 * SZ_2M, "PENDING", 1),
+    ]
+
+
+def test_a_read_of_write_blocked_memory_lets_no_write_through(make_td, exits):
+    """6 row 7: what was admitted for a read is asked for again when it is written."""
+    td = make_td(RAM)
+    reach(td, "BLOCKEDW", 1)
+    access(td, P, "read")
+    with pytest.raises(Exited):
+        access(td, P, "write")
+
+
+def test_shared_memory_that_was_private_in_between_is_mapped_anew(make_td):
+    """The host drops its mapping with MapGPA to private; made shared again, the first touch exits again."""
+    td, shared = make_td(RAM), 1 << 51
+    for number in (1, 2):
+        td.module.tdcall(Registers(rax=0, rcx=0xFC00, r11=0x10001, r12=shared | P, r13=SZ_2M))
+        access(td, shared | P, "write")
+        assert td.exits().total() == number
+        td.module.tdcall(Registers(rax=0, rcx=0xFC00, r11=0x10001, r12=P, r13=SZ_2M))

@@ -20,7 +20,7 @@ END = BLOCKS * PAGES * PAGE_SIZE
 CALLS = {
     leaf.spec_name.removeprefix("TDH.MEM."): leaf
     for leaf in SeamLeaf
-    if leaf not in (SeamLeaf.TDH_MR_FINALIZE, SeamLeaf.TDH_MEM_TRACK, SeamLeaf.TDH_MEM_SEPT_RD)
+    if leaf.spec_name.startswith("TDH.MEM.") and leaf not in (SeamLeaf.TDH_MEM_TRACK, SeamLeaf.TDH_MEM_SEPT_RD)
 }
 blocks = st.integers(0, BLOCKS - 1)
 offsets = st.sampled_from([0, 0, 0, 1, 2, 256, 511])

@@ -84,6 +84,7 @@ def test_memory_that_is_none(refused, tmp_path, memory):
     ("words", "text"),
     [
         (["--protocol", "v8"], "--protocol: found 'v8', expected v9"),
+        (["--host-backing", "never"], "--host-backing: found 'never', expected demand or ahead"),
         (["--host-page-size", "1G"], "--host-page-size: found '1G', expected 4K or 2M or mixed"),
         (["--cmdline", "a\udcff"], r"--cmdline: found 'a\udcff', expected UTF-8"),
     ],

@@ -59,13 +59,14 @@ def test_file_gives_defaults_and_the_command_line_wins(file):
         memory = "8G"
         cmdline = "quiet ñ"
         host-page-size = "4K"
+        host-backing = "ahead"
         protocol = "v9"
         script = "{script}"
         initrd = "{initrd}"
     """,
     )
     config = configured("--config", str(toml), "--memory", "5G")
-    assert (config.memory, config.cmdline, config.host_level) == (5 << 30, "quiet ñ", 0)
+    assert (config.memory, config.cmdline, config.host_level, config.host_ahead) == (5 << 30, "quiet ñ", 0, True)
     assert (config.protocol.name, config.initrd, len(config.script)) == ("v9", b"initrd", 1)
 
 
