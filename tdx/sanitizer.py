@@ -8,6 +8,7 @@ Source: Linux, Documentation/arch/x86/tdx.rst; Intel TDX Module 1.5, TDG.MEM.PAG
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
 
 from guest.errors import MemoryFault, Violation
@@ -40,45 +41,63 @@ class AcceptanceRule(StrEnum):
 
 
 class Sanitizer:
-    """The sanitizer of one TD with ``ram``. If it is ``strict``, a finding ends the boot with ``Violation``."""
+    """The sanitizer of one TD with ``ram``. If it is ``strict``, a finding ends the boot with ``Violation`` at once.
+
+    Else it reads the trace when somebody asks, so that a guest that makes a million calls is not held up.
+    """
 
     def __init__(self, trace: Trace, ram: RangeSet, shared_mask: int, strict: bool = False) -> None:
         self._trace, self._ram, self._shared_mask, self._strict = trace, ram, shared_mask, strict
         self.accepted = RangeSet()
         """What was accepted or added with contents, and not made shared since; what the host took away too."""
         self.shared = RangeSet()
-        self.findings: list[Record] = []
-        trace.watchers.append(self._watch)
+        self._findings: list[Record] = []
+        self._seen = 0
+        if strict:
+            trace.watchers.append(self._look)
 
-    def report(self, rule: AcceptanceRule, start: int, end: int, found: str, expected: str) -> None:
-        """Put a finding about the last event into the trace."""
-        cause = self._trace.count - 1
-        finding = Finding(rule.value, cause, start, end, found, expected)
+    @property
+    def findings(self) -> list[Record]:
+        """All findings so far."""
+        self.catch_up()
+        return self._findings
+
+    def catch_up(self) -> None:
+        """Look at all events up to now."""
+        records = self._trace.records
+        while self._seen < len(records) and not self._strict:
+            record = records[self._seen]
+            self._seen += 1
+            self._look(record)
+
+    def report(self, rule: AcceptanceRule, start: int, end: int, found: str, expected: str, cause: int = -1) -> None:
+        """Put a finding about event ``cause`` into the trace, by default about the last one."""
+        number = self._trace.count
+        finding = Finding(rule.value, cause if cause >= 0 else number - 1, start, end, found, expected)
         self._trace.add(finding)
-        self.findings.append(self._trace.records[cause + 1])
+        self._findings.append(self._trace.records[number])
         if self._strict:
             raise Violation(self._trace.stage, rule.value, finding.text)
 
     def fault(self, fault: MemoryFault) -> None:
         """The guest died of an access or an accept: was it its own fault? The death itself stays what it was."""
+        self.catch_up()
         page = round_down(fault.gpa, PAGE_SIZE)
         if page in self.accepted or page & self._shared_mask:
             return
-        strict, self._strict = self._strict, False
-        rule = AcceptanceRule.ACCESS
+        rule, expected = AcceptanceRule.ACCESS, "memory that the guest accepted"
         if fault.kind == "accept":
             if page in self._ram:
                 return  # the host does not back what it promised
-            rule = AcceptanceRule.NO_RAM
-        expected = "RAM" if rule is AcceptanceRule.NO_RAM else "memory that the guest accepted"
-        self.report(rule, page, page + PAGE_SIZE, fault.state, expected)
-        self._strict = strict
+            rule, expected = AcceptanceRule.NO_RAM, "RAM"
+        with suppress(Violation):
+            self.report(rule, page, page + PAGE_SIZE, fault.state, expected)
 
-    def _watch(self, record: Record) -> None:
+    def _look(self, record: Record) -> None:
         event = record.event
         if isinstance(event, TdCall):
             if event.leaf == _ACCEPT:
-                self._accept(event.rcx, event.status, event.count)
+                self._accept(record.number, event.rcx, event.status, event.count)
         elif isinstance(event, TdVmCall):
             if event.sub_function == _MAP_GPA and event.status == VmCallStatus.SUCCESS:
                 self._map_gpa(event.r12, event.r13)
@@ -94,7 +113,7 @@ class Sanitizer:
         else:
             self.shared.remove(start, end)
 
-    def _accept(self, rcx: int, status: int, count: int) -> None:
+    def _accept(self, number: int, rcx: int, status: int, count: int) -> None:
         name = status & ~0xFFFF_FFFF
         if name not in (TDX_SUCCESS, TDX_PAGE_ALREADY_ACCEPTED):
             return
@@ -105,9 +124,10 @@ class Sanitizer:
         if self.accepted.overlaps(start, end):
             rule = AcceptanceRule.REPLAY if done else AcceptanceRule.AGAIN
             for low, high in list(self.accepted.within(start, end)):
-                self.report(rule, low, high, f"accepted before, {text}", "one accept of a page in its life")
+                self.report(rule, low, high, f"accepted before, {text}", "one accept of a page in its life", number)
         if self.shared.overlaps(start, end):
+            expected = "MapGPA to private before the accept"
             for low, high in list(self.shared.within(start, end)):
-                self.report(AcceptanceRule.SHARED, low, high, f"shared, {text}", "MapGPA to private before the accept")
+                self.report(AcceptanceRule.SHARED, low, high, f"shared, {text}", expected, number)
         if done:
             self.accepted.add(start, end)

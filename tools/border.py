@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 def check_border(boot: Boot) -> None:
     """Report where bitmap and accepted memory disagree now; nothing before the boot stub made the bitmap."""
-    if boot.boot_params is None or boot.sanitizer is None:
+    if boot.sanitizer is None:
+        return
+    boot.sanitizer.catch_up()
+    if boot.boot_params is None:
         return
     unaccepted = _without(boot.host.ram, boot.sanitizer.accepted)
     by_bitmap = unaccepted_by_bitmap(boot) or RangeSet()
