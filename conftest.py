@@ -1,4 +1,4 @@
-"""Fixtures for the real artefacts: Debian's kernel and OVMF, as ``make artefacts`` gets them.
+"""Fixtures for the real artefacts: Debian's kernels and OVMF, as ``make artefacts`` gets them.
 
 A test that asks for one of these fixtures is marked ``artefacts``. Without the files it is left out on a laptop,
 with the reason in the summary; in CI (environment variable CI) it fails.
@@ -18,7 +18,7 @@ KNOWN = Path(__file__).parent / "tests" / "artefacts.sha256"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"debian_kernel", "debian_ovmf"} & set(getattr(item, "fixturenames", ())):
+        if {"debian_kernel", "debian_kernel_6_1", "debian_ovmf"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("artefacts")
 
 
@@ -42,6 +42,12 @@ def _exact(path: Path) -> Path:
 def debian_kernel() -> Path:
     """Debian's linux-image-6.12-cloud-amd64, the bzImage."""
     return _artefact("vmlinuz")
+
+
+@pytest.fixture
+def debian_kernel_6_1() -> Path:
+    """Debian's linux-image-6.1.0-cloud-amd64, which knows nothing of unaccepted memory."""
+    return _artefact("vmlinuz-6.1")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from types import ModuleType
 from typing import Protocol
 
 from guest.errors import FormatError
@@ -23,6 +24,8 @@ OUTPUT_LIMIT = SZ_1G
 
 _LZMA_MEMORY_LIMIT = 256 * SZ_1M
 """For the dictionary; the kernel's build uses at most 128 MiB (scripts/xz_wrap.sh)."""
+
+_LZ4_MAGIC, _LZ4_BLOCK, _UINT32 = 0x184C_2102, 8 * SZ_1M, 4
 
 
 class Compression(StrEnum):
@@ -87,12 +90,51 @@ def _zstd() -> tuple[_Stream, type[Exception]]:
     return zstd.ZstdDecompressor(), zstd.ZstdError
 
 
+class _Lz4:
+    """The legacy frame of lz4: blocks of up to 8 MiB, each with its size before it; any number of frames in a row.
+
+    It has no end mark: the last four bytes are the payload's ``output_len``, not a block. Source: lz4's
+    doc/lz4_Frame_format.md, Legacy frame; lib/decompress_unlz4.c.
+    """
+
+    eof = False
+
+    def __init__(self, block: ModuleType) -> None:
+        self._block = block
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """All blocks of ``data``, up to ``max_length`` bytes of output."""
+        out, at, end = bytearray(), 0, len(data) - _UINT32
+        while at + _UINT32 <= end and len(out) < max_length:
+            size = int.from_bytes(data[at : at + _UINT32], "little")
+            at += _UINT32
+            if size == _LZ4_MAGIC:
+                continue
+            if not 0 < size <= end - at:
+                raise self._block.LZ4BlockError(f"a block of {size} bytes where {end - at} are left")
+            out += self._block.decompress(data[at : at + size], uncompressed_size=_LZ4_BLOCK)
+            at += size
+        self.eof = at == end
+        return bytes(out[:max_length])
+
+
+def _lz4() -> tuple[_Stream, type[Exception]]:
+    try:
+        from lz4 import block
+    except ImportError as error:
+        missing = "an lz4 payload, and no module lz4"
+        expected = "lz4: pip install 'unaccepted[lz4]'"
+        raise FormatError("payload compression", found=missing, expected=expected, source=_BOOT_RST) from error
+    return _Lz4(block), block.LZ4BlockError
+
+
 _STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
     Compression.GZIP: _gzip,
     Compression.BZIP2: _bzip2,
     Compression.LZMA: _lzma,
     Compression.XZ: _xz,
     Compression.ZSTD: _zstd,
+    Compression.LZ4: _lz4,
 }
 """The decompressors, imported only when they are used."""
 

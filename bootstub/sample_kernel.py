@@ -115,6 +115,9 @@ def _note() -> bytes:
     return struct.pack("<III8s", 6, len(text), 0, b"Linux") + text.ljust(round_up(len(text), 4), b"\0")
 
 
+_LZ4_MAGIC, _LZ4_BLOCK = bytes.fromhex("02214c18"), 8 * SZ_1M
+
+
 def build_vmlinux(*, kernel_total_size: int = KERNEL_TOTAL_SIZE) -> bytes:
     """The kernel's ELF file and the relocation table behind it: what a payload decompresses to.
 
@@ -187,7 +190,13 @@ def _compress(data: bytes, compression: str) -> bytes:
                 from backports import zstd
 
             return zstd.compress(data, 1) + size
-    raise ValueError(f"compression {compression!r}: expected gzip, bzip2, lzma, xz or zstd")
+        case "lz4":
+            from lz4 import block
+
+            pieces = [data[at : at + _LZ4_BLOCK] for at in range(0, len(data), _LZ4_BLOCK)]
+            blocks = [block.compress(piece, store_size=False) for piece in pieces]
+            return b"".join([_LZ4_MAGIC, *(struct.pack("<I", len(each)) + each for each in blocks), size])
+    raise ValueError(f"compression {compression!r}: expected gzip, bzip2, lzma, xz, zstd or lz4")
 
 
 def _init_size(code_size: int, input_len: int, output_len: int, total_size: int, compression: str) -> int:
@@ -241,7 +250,7 @@ def build_bzimage(
 ) -> bytes:
     """``vmlinux`` packed into a bzImage of boot protocol ``version``, which is an EFI application as well.
 
-    ``compression`` is one of gzip, bzip2, lzma, xz and zstd; another one is a ``ValueError``.
+    ``compression`` is one of gzip, bzip2, lzma, xz, zstd and lz4; another one is a ``ValueError``.
     ``kernel_total_size`` is what ``vmlinux`` was built with.
     """
     payload = _compress(vmlinux, compression)

@@ -200,14 +200,16 @@ class Engine:
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         self.hook_native(self.unicorn.UC_HOOK_INSN, address, 0, instruction)
 
-    def hook_native(self, kind: int, function: int, user_data: int, *arguments: int) -> None:
-        """Hook the machine code at ``function``; see uc_hook_add() in unicorn.h."""
+    def hook_native(
+        self, kind: int, function: int, user_data: int, *arguments: int, begin: int = 1, end: int = 0
+    ) -> None:
+        """Hook the machine code at ``function``; see uc_hook_add() in unicorn.h. It is for all addresses by default."""
         from unicorn.unicorn_py3.unicorn import uclib
 
         handle = ctypes.c_size_t()
         status = uclib.uc_hook_add(
             self.uc._uch, ctypes.byref(handle), kind, ctypes.c_void_p(function), ctypes.c_void_p(user_data),
-            ctypes.c_uint64(1), ctypes.c_uint64(0), *(ctypes.c_int(argument) for argument in arguments),
+            ctypes.c_uint64(begin), ctypes.c_uint64(end), *(ctypes.c_int(argument) for argument in arguments),
         )  # fmt: skip
         if status != self.unicorn.UC_ERR_OK:
             raise EngineError(f"unicorn: hook of kind {kind} refused with status {status}")

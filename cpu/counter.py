@@ -41,6 +41,15 @@ _TEST_CODE = b"\xb9\x03\x00\x00\x00\xff\xc9\x75\xfc\xcc"  # mov ecx, 3; again: d
 _TEST_COUNT = 1 + 3 * 2 + 1
 
 
+def machine_code(code: bytes) -> tuple[mmap.mmap, int]:
+    """A page that holds ``code`` for the host's processor, and its address, which is good while the page is kept."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise EngineError(f"running machine code needs an x86-64 machine, this is {platform.machine()}")
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    return page, ctypes.addressof(ctypes.c_char.from_buffer(page))
+
+
 class InstructionCounter:
     """Counts the instructions that ``engine`` runs, and calls ``tick`` every ``interval`` of them.
 
@@ -48,15 +57,11 @@ class InstructionCounter:
     """
 
     def __init__(self, engine: Engine, interval: int, tick: Callable[[], None]) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            raise EngineError(f"counting instructions needs an x86-64 machine, this is {platform.machine()}")
         self._interval = interval
-        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._page.write(_CODE)
+        self._page, code = machine_code(_CODE)
         self._slow = _TICK(engine.guarded(self._on_limit(tick)))
         slow = ctypes.cast(self._slow, ctypes.c_void_p).value
         self._cells = (ctypes.c_uint64 * 3)(0, interval, slow or 0)
-        code = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         engine.hook_native(engine.unicorn.UC_HOOK_BLOCK, code, ctypes.addressof(self._cells))
 
     @property

@@ -97,6 +97,8 @@ class Devices:
     def __init__(self, put: Callable[[str], None]) -> None:
         self.uart = Uart(put)
         self.cmos = Cmos()
+        self.latches: dict[int, int] = {}
+        """Ports that read as what was last written to them, and this; none by default."""
 
     def read(self, port: int, size: int) -> int:
         """Value of an IN of ``size`` bytes."""
@@ -106,7 +108,7 @@ class Devices:
             return self.cmos.read()
         if port in _TIMER:
             return 0
-        return (1 << 8 * size) - 1
+        return self.latches.get(port, (1 << 8 * size) - 1)
 
     def write(self, port: int, size: int, value: int) -> None:
         """Effect of an OUT of ``size`` bytes."""
@@ -116,3 +118,5 @@ class Devices:
             self.cmos.select(value & 0xFF)
         elif port == _CMOS_DATA:
             self.cmos.write(value & 0xFF)
+        elif port in self.latches:
+            self.latches[port] = value & 0xFF

@@ -19,6 +19,12 @@ def translate(read: ReadPhysical, cr3: int, linear: int, mask: int = _ADDRESS) -
 
     ``mask`` has the address bits of an entry; permissions are not looked at.
     """
+    found = walk(read, cr3, linear, mask)
+    return None if found is None else found[0]
+
+
+def walk(read: ReadPhysical, cr3: int, linear: int, mask: int = _ADDRESS) -> tuple[int, int] | None:
+    """The same, with the number of bytes from there to the end of the page."""
     table = cr3 & mask
     for shift in _LEVELS:
         index = linear >> shift & 0x1FF
@@ -28,5 +34,5 @@ def translate(read: ReadPhysical, cr3: int, linear: int, mask: int = _ADDRESS) -
         table = entry & mask
         if shift == PAGE_SHIFT or (entry & _PAGE_SIZE and shift < _LEVELS[0]):
             offset = linear & (1 << shift) - 1
-            return (table & ~((1 << shift) - 1)) | offset
+            return (table & ~((1 << shift) - 1)) | offset, (1 << shift) - offset
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 from cpu.binding import CpuState
 from cpu.exceptions import NAMES
@@ -64,13 +65,17 @@ def _registers(regs: Registers, state: CpuState, symbols: Symbols) -> Iterator[s
     yield f"CR0: {state.cr[0]:016x} CR2: {state.cr[2]:016x} CR3: {regs.cr3:016x} CR4: {state.cr[4]:016x}"
 
 
-def _call_trace(vcpu: Vcpu, symbols: Symbols) -> list[str]:
-    """What looks like return addresses between the stack pointer and the stack's end; as guesses, with a ``?``."""
+def guess_callers(vcpu: Vcpu, symbols: Symbols) -> Iterator[int]:
+    """What looks like return addresses between the stack pointer and the stack's end, innermost first."""
     stack = vcpu.registers().rsp & ~7
     data = vcpu.peek(stack, round_up(stack + 1, _THREAD_SIZE) - stack)
-    words = (word for (word,) in struct.iter_unpack("<Q", data))
-    guesses = [f" ? {symbols.name(word)}" for word in words if symbols.is_text(word)]
-    return guesses[:_CALLERS] or [" no return address found"]
+    return (word for (word,) in struct.iter_unpack("<Q", data) if symbols.is_text(word))
+
+
+def _call_trace(vcpu: Vcpu, symbols: Symbols) -> list[str]:
+    """Callers as guesses, with a ``?``."""
+    guesses = [f" ? {symbols.name(word)}" for word in islice(guess_callers(vcpu, symbols), _CALLERS)]
+    return guesses or [" no return address found"]
 
 
 def _exceptions(counts: dict[int, int]) -> str:

@@ -17,6 +17,7 @@ from cpu.counter import InstructionCounter
 from cpu.counter import self_test as counter_self_test
 from cpu.devices import Devices
 from cpu.exits import NO_VE, VeConfig
+from cpu.fill import Fills
 from cpu.vcpu import Vcpu
 from firmware.efi_types import EfiStatus
 from firmware.pe import parse_pe
@@ -43,11 +44,11 @@ class _Reached(Exception):
 class RunOptions:
     """How far to run the real code.
 
-    ``full``: run the decompression too, instead of answering it from outside. ``skip``: leave it out; then there
-    is no kernel behind the door, and the decompressor stops where it would unpack it. ``until``: stop when the
-    kernel puts out a line with this text, or, if it is ``accept``, when it accepts memory. ``timeout``:
-    instructions. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises #VE; then the host needs the
-    ``devices`` of this vCPU, as ``Instructions(devices)``.
+    ``full``: run the decompression and the clearing of large memory too, instead of answering them from outside.
+    ``skip``: leave the decompression out; then there is no kernel behind the door, and the decompressor stops where
+    it would unpack it. ``until``: stop when the kernel puts out a line with this text, or, if it is ``accept``, when
+    it accepts memory. ``timeout``: instructions. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises
+    #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
     """
 
     full: bool = False
@@ -71,6 +72,7 @@ class RealCode:
         self_test()
         counter_self_test()
         self._machine, self._image, self._options, self._progress = machine, image, options, progress
+        self._physical = physical
         self.devices = Devices(machine.print)
         self.vcpu = Vcpu(machine, physical, self.devices, options.ve, options.seed)
         self.counter = InstructionCounter(self.vcpu.engine, _tick_interval(options.timeout), self._tick)
@@ -78,6 +80,7 @@ class RealCode:
         """Whether the vCPU runs now; then its registers are the guest's, not those of the machine."""
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
+        self.fills: Fills | None = None
         self._boot_params: int | None = None
         self._entry: int | None = None
 
@@ -107,6 +110,8 @@ class RealCode:
     def kernel(self) -> None:
         """Run the kernel from its entry point, until it is told to stop or stops itself."""
         trace = self._machine.trace
+        if self.unpacked_for is not None and not self._options.full:
+            self.fills = Fills(self.vcpu, self._machine, self._physical, *self.unpacked_for)
         trace.watchers.append(self._watch)
         try:
             self._run()

@@ -21,18 +21,21 @@ from firmware.efi_types import (
     status_name,
 )
 from firmware.memory_descriptor import (
+    EFI_MEMORY_DESCRIPTOR,
     EFI_MEMORY_DESCRIPTOR_VERSION,
     OVMF_DESCRIPTOR_SIZE,
     pack_map,
 )
 from firmware.memory_map import MemoryMap
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES, seal
+from firmware.virtual_map import VirtualMap, move_runtime_services
 from guest.gates import CallGate
 from guest.machine import Machine
 from guest.records import GuestRecord
-from guest.units import PAGE_SHIFT, PAGE_SIZE, PHYSICAL_ADDRESS_END
+from guest.units import PAGE_SHIFT, PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1M
 
 _GATE_SIZE = 16
+_MAX_VIRTUAL_MAP = SZ_1M
 _UD2 = b"\x0f\x0b"  # what an emulated CPU finds at a gate: it stops there
 _ALLOCATABLE = frozenset(EfiMemoryType) - {
     EfiMemoryType.EfiConventionalMemory,
@@ -51,6 +54,8 @@ class EfiServices:
     system_table: int = 0
     protocols: dict[int, dict[bytes, int]] = field(default_factory=dict)
     exited: bool = False
+    is_virtual: bool = False
+    """The runtime services were told their virtual addresses."""
     top: int = PHYSICAL_ADDRESS_END
     """Nothing is allocated from here on."""
     descriptor_size: int = OVMF_DESCRIPTOR_SIZE
@@ -242,6 +247,21 @@ class EfiServices:
         """GetVariable(): this firmware has no variables, so Secure Boot is off."""
         return EfiStatus.EFI_NOT_FOUND
 
+    def get_next_variable_name(self, size: int, name: int, vendor: int) -> int:
+        """GetNextVariableName(): there is none."""
+        return EfiStatus.EFI_NOT_FOUND
+
+    def set_virtual_address_map(self, size: int, stride: int, version: int, virtual_map: int) -> int:
+        """SetVirtualAddressMap(): once, and only after ExitBootServices()."""
+        if not self.exited or self.is_virtual:
+            return EfiStatus.EFI_UNSUPPORTED
+        least = EFI_MEMORY_DESCRIPTOR.sizeof()
+        if version != EFI_MEMORY_DESCRIPTOR_VERSION or stride < least or size > _MAX_VIRTUAL_MAP or size % stride:
+            return EfiStatus.EFI_INVALID_PARAMETER
+        converted = VirtualMap(self.machine.memory.read(virtual_map, size), stride)
+        self.is_virtual = move_runtime_services(self.machine, self.system_table, converted)
+        return EfiStatus.EFI_SUCCESS if self.is_virtual else EfiStatus.EFI_NOT_FOUND
+
     def _services(self) -> dict[str, Callable[..., int]]:
         """The services that are built, by name."""
         return {
@@ -258,4 +278,6 @@ class EfiServices:
             "InstallConfigurationTable": self.install_configuration_table,
             "ExitBootServices": self.exit_boot_services,
             "GetVariable": self.get_variable,
+            "GetNextVariableName": self.get_next_variable_name,
+            "SetVirtualAddressMap": self.set_virtual_address_map,
         }

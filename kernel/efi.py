@@ -5,12 +5,13 @@ Sources: arch/x86/platform/efi/{efi,memmap,quirks}.c; drivers/firmware/efi/efi.c
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 from bootstub.e820_types import E820_TYPE_RESERVED
+from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY, UnacceptedTable
 from firmware.efi_types import (
     ACPI_20_TABLE_GUID,
+    LINUX_EFI_INITRD_MEDIA_GUID,
     LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
     EfiMemoryAttribute,
     EfiMemoryType,
@@ -18,7 +19,6 @@ from firmware.efi_types import (
 )
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
-from guest.bitmap import GuestBitmap
 from guest.ranges import Range
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
@@ -30,10 +30,9 @@ from tdx.guest import PlatformAccept, tdx_accept_memory
 _UNACCEPTED = "Unaccepted"
 _TABLE_NAMES = {
     guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0",
+    guid_bytes(LINUX_EFI_INITRD_MEDIA_GUID): "INITRD",
     guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
 }
-EFI_UNACCEPTED_MEMORY = struct.Struct("<IIQQ")
-"""struct efi_unaccepted_memory before its bitmap: version, unit_size, phys_base, size of the bitmap in bytes."""
 _MAX_MEMMAP_SIZE = 1 << 24
 _MAX_BITMAP_SIZE = 1 << 28
 _VENDOR_SIZE = 100
@@ -168,16 +167,16 @@ def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[s
 def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     """Keep the table of unaccepted memory that a mainline stub left, and take the bitmap from it."""
     memory = kernel.machine.memory
-    header = memory.read(table, EFI_UNACCEPTED_MEMORY.size)
-    version, unit_size, phys_base, size = EFI_UNACCEPTED_MEMORY.unpack(header)
+    version = GuestRecord(memory, table, EFI_UNACCEPTED_MEMORY)["version"]
+    found = UnacceptedTable.at(memory, table)
+    unit_size, size = found.unit_size, found.size
     if version != 1 or unit_size < PAGE_SIZE or unit_size & unit_size - 1 or size > _MAX_BITMAP_SIZE:
         kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
         return
-    kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.size + size)
-    bitmap = GuestBitmap(memory, table + EFI_UNACCEPTED_MEMORY.size)
+    kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size
-    kernel.unaccepted = UnacceptedMemory(bitmap, accept, phys_base, described, unit_size)
+    kernel.unaccepted = UnacceptedMemory(found.bitmap, accept, found.phys_base, described, unit_size)
 
 
 def _efi_remove_e820_mmio(kernel: Kernel) -> None:

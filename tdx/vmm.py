@@ -73,13 +73,25 @@ class Host:
 
         ``extend``: the contents too are measured into MRTD (TDH.MR.EXTEND).
         """
-        self._add_tables(gpa, gpa + size, LEVEL_4K, self.sept.top)
+        self.add_tables(gpa, gpa + size, LEVEL_4K)
         done, status, _ = self.seam.run(SeamLeaf.TDH_MEM_PAGE_ADD, gpa, size // PAGE_SIZE)
         if status != TDX_SUCCESS:
             raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
         self.physical.write(gpa, data)
         self.seam.measure(gpa, gpa + size, data if extend else None)
         self.trace.add(PageAdd(gpa, gpa + size, what))
+
+    def add_tables(self, start: int, end: int, level: int, top: int | None = None) -> None:
+        """Add the tables that pages of ``level`` in ``[start, end)`` need and do not have (TDH.MEM.SEPT.ADD).
+
+        ``top`` is the level of the uppermost one that may be missing; without it, that of the root's.
+        """
+        for upper in range(self.sept.top if top is None else top, level, -1):
+            size = LEVEL_SIZE[upper]
+            span = round_down(start, size), round_up(end, size)
+            for low, high, table in list(self.sept.tables(upper, *span)):
+                if table.state is SeptState.FREE:
+                    self.seam.run(SeamLeaf.TDH_MEM_SEPT_ADD, low | upper, (high - low) // size)
 
     def finalize(self) -> None:
         """The TD is built (TDH.MR.FINALIZE): back its RAM if that is to be done ahead, and let it run."""
@@ -143,7 +155,7 @@ class Host:
         if self.sept.has_locks:  # any of the calls may fail: one page at a time
             backed = 1
         self._exits(gpa, level, backed)
-        self._add_tables(gpa, gpa + backed * size, level, exit.entry.level)
+        self.add_tables(gpa, gpa + backed * size, level, exit.entry.level)
         self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, gpa | level, backed)
 
     def _back_ahead(self, start: int, end: int) -> None:
@@ -154,18 +166,9 @@ class Host:
             if level and (start % PMD_SIZE or stop - start < PMD_SIZE):
                 level, stop = LEVEL_4K, min(stop, round_up(start + 1, PMD_SIZE))
             stop = round_down(stop, LEVEL_SIZE[level])
-            self._add_tables(start, stop, level, self.sept.top)
+            self.add_tables(start, stop, level)
             self.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, start | level, (stop - start) // LEVEL_SIZE[level])
             start = stop
-
-    def _add_tables(self, start: int, end: int, level: int, top: int) -> None:
-        """Add the tables up to level ``top`` that pages of ``level`` in ``[start, end)`` need and do not have."""
-        for upper in range(top, level, -1):
-            size = LEVEL_SIZE[upper]
-            span = round_down(start, size), round_up(end, size)
-            for low, high, table in list(self.sept.tables(upper, *span)):
-                if table.state is SeptState.FREE:
-                    self.seam.run(SeamLeaf.TDH_MEM_SEPT_ADD, low | upper, (high - low) // size)
 
     def _demote(self, exit: EptViolation) -> None:
         """A 4 KiB accept in a 2 MiB page: split the page, if that is the policy."""

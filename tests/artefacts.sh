@@ -1,18 +1,20 @@
 #!/bin/bash
-# Gets Debian's kernel and OVMF for the tests, with the distribution's own package tool, into artefacts/:
-# vmlinuz, OVMF.fd, and ARTEFACTS.txt that says what they are. Does nothing when they are there.
+# Gets Debian's kernels and OVMF for the tests, with the distribution's own package tool, into artefacts/:
+# vmlinuz, vmlinuz-6.1, OVMF.fd, and ARTEFACTS.txt that says what they are. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 kernel=linux-image-6.12.117+deb12-cloud-amd64
+old_kernel=linux-image-6.1.0-56-cloud-amd64
 ovmf=ovmf
+files=(artefacts/vmlinuz artefacts/vmlinuz-6.1 artefacts/OVMF.fd)
 options=(-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=30)
 if [ "$(id -u)" = 0 ]; then
     options+=(-o APT::Sandbox::User=root) # or apt warns that it cannot give up root for a download into here
 fi
 
 stop() {
-    echo "artefacts: $1; tests marked 'artefacts' need artefacts/vmlinuz and artefacts/OVMF.fd and are left out" >&2
+    echo "artefacts: $1; tests marked 'artefacts' need ${files[*]} and are left out" >&2
     exit 1
 }
 
@@ -20,8 +22,9 @@ is_known() {
     apt-cache show "$1" >/dev/null 2>&1
 }
 
+# newest_kernel PREFIX: the newest cloud kernel whose package name begins so
 newest_kernel() {
-    apt-cache pkgnames linux-image-6.12. | { grep -E '^linux-image-6\.12\.[^-]*-cloud-amd64$' || true; } | sort -V | tail -n 1
+    apt-cache pkgnames "linux-image-$1" | { grep -E -- '-cloud-amd64$' || true; } | sort -V | tail -n 1
 }
 
 update() {
@@ -51,7 +54,11 @@ get() {
     echo "$name: $package $version, sha256 $sum, $origin" | tee -a artefacts/ARTEFACTS.txt
 }
 
-if [ -e artefacts/vmlinuz ] && [ -e artefacts/OVMF.fd ]; then
+missing=0
+for file in "${files[@]}"; do
+    [ -e "$file" ] || missing=1
+done
+if [ $missing = 0 ]; then
     echo "artefacts: already there (artefacts/ARTEFACTS.txt)"
     exit 0
 fi
@@ -61,14 +68,14 @@ fi
 mkdir -p artefacts
 rm -f artefacts/ARTEFACTS.txt artefacts/apt.log
 
-if ! is_known "$ovmf" || [ -z "$(newest_kernel)" ]; then
+if ! is_known "$ovmf" || [ -z "$(newest_kernel 6.12.)" ] || [ -z "$(newest_kernel 6.1.0-)" ]; then
     update
 fi
-if ! is_known "$kernel"; then
-    kernel=$(newest_kernel)
-fi
-if [ -z "$kernel" ] || ! is_known "$ovmf"; then
-    stop "apt offers no linux-image-6.12.*-cloud-amd64 or no ovmf (artefacts/apt.log)"
+is_known "$kernel" || kernel=$(newest_kernel 6.12.)
+is_known "$old_kernel" || old_kernel=$(newest_kernel 6.1.0-)
+if [ -z "$kernel" ] || [ -z "$old_kernel" ] || ! is_known "$ovmf"; then
+    stop "apt offers no linux-image-6.12.*-cloud-amd64, no linux-image-6.1.0-*-cloud-amd64 or no ovmf (artefacts/apt.log)"
 fi
 get "$kernel" 'boot/vmlinuz-*' vmlinuz
+get "$old_kernel" 'boot/vmlinuz-*' vmlinuz-6.1
 get "$ovmf" usr/share/ovmf/OVMF.fd OVMF.fd

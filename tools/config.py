@@ -252,7 +252,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         action = "append" if option.many else "store"
         group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, action=action)
-    group.add_argument("--full", action="store_true", help="with --run: run the decompression too, do not answer it")
+    group.add_argument(
+        "--full", action="store_true", help="with --run: run decompression and large memset() too, do not answer them"
+    )  # fmt: skip
     group.add_argument("--config", metavar="FILE.toml", help="any of these options, by name, in TOML")
 
 

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import struct
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from guest.errors import BootError, FormatError
 from tools.cli import script
@@ -29,11 +30,13 @@ from tools.left_out import LeftOut
 from tools.parallel import in_parallel
 from tools.render import add_json_option, json_text, print_table
 
-FAMILIES = {"v9": False, "mainline": False, "e820": False, "stub": True, "decompressor": True}
+A = TypeVar("A")
+
+FAMILIES = {"v9": False, "mainline": False, "e820": False, "stub": True, "decompressor": True, "boot": True}
 """Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
-RECORDABLE = ("stub",)
-"""Families whose module ``tools.record_FAMILY`` has ``record(case, image)``."""
+RECORDABLE = tuple(family for family, image in FAMILIES.items() if image)
+"""Their modules ``tools.record_FAMILY`` have ``record(case, image)``."""
 
 _NO_CASE = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError, struct.error,
@@ -47,7 +50,7 @@ _SOURCE = "unaccepted conform --help"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
-    runs = " and ".join(name for name, image in FAMILIES.items() if image)
+    runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
     parser.add_argument("--ours", action="store_true", help="for stub: run our stage on the image, not its own code")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
@@ -131,9 +134,13 @@ class _RecordCase:
         try:
             return json.dumps(record(case, *_image(self.kernel))) + "\n", ""
         except BootError as error:
-            return "", f"case {case.get('id')} was not recorded: {error}"
+            return "", f"case {_name(case)} was not recorded: {error}"
         except _NO_CASE as error:
-            return "", f"case {case.get('id')} is no case: {type(error).__name__}: {error}"
+            return "", f"case {_name(case)} is no case: {type(error).__name__}: {error}"
+
+
+def _name(case: dict[str, Any]) -> Any:
+    return case.get("id", case.get("name"))
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +152,7 @@ def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     family = _family(path, tuple(FAMILIES))
     run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None, _ours(family, args))
     cases, differing, reasons = 0, [], Counter[str]()
-    for outcome in in_parallel(run_case, islice(_cases(path), args.limit), args.jobs):
+    for outcome in _with_progress(in_parallel(run_case, islice(_cases(path), args.limit), args.jobs, _chunk(family))):
         cases += 1
         if outcome.malformed:
             where, found = f"{path}, line {cases}", outcome.malformed
@@ -166,13 +173,28 @@ def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 def _record(args: argparse.Namespace) -> int:
     """Write a case for each case of ``--maps``."""
     maps = Path(args.maps)
-    record_case = _RecordCase(_family(maps, RECORDABLE), _kernel(maps, args))
+    family = _family(maps, RECORDABLE)
+    record_case = _RecordCase(family, _kernel(maps, args))
+    lines = in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs, _chunk(family))
     with Path(args.record).open("w", encoding="utf-8") as file:
-        for line, reason in in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs):
+        for line, reason in _with_progress(lines):
             file.write(line)
             if reason:
                 print(reason)
     return 0
+
+
+def _chunk(family: str) -> int:
+    """Cases that a process takes at once."""
+    return 1 if FAMILIES[family] else 4
+
+
+def _with_progress(results: Iterator[A]) -> Iterator[A]:
+    """``results``; on a terminal, with their number so far."""
+    for number, result in enumerate(results, start=1):
+        if sys.stderr.isatty():
+            print(f"\r{number} cases\r", end="", file=sys.stderr, flush=True)
+        yield result
 
 
 def _family(path: Path, known: tuple[str, ...]) -> str:

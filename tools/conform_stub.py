@@ -63,7 +63,7 @@ def _differences(ours: dict[str, Any], recorded: dict[str, Any]) -> Iterator[str
     for name in (*_COMPARED, *_COMPARED_IN_PART):
         found, expected = (out.get(name) for out in comparable)
         if found != expected:
-            yield f"{name}: {_first_difference(found, expected)}"
+            yield f"{name}: {first_difference(found, expected)}"
 
 
 def _comparable(out: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ _COMPARED_IN_PART: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _first_difference(found: Any, expected: Any) -> str:
+def first_difference(found: Any, expected: Any) -> str:
     """The first place where two lists or pages differ, or the values themselves."""
     if not isinstance(found, list | bytes) or type(found) is not type(expected):
         return f"found {found!r}, expected {expected!r}"

@@ -21,6 +21,7 @@ from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
+from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
 from guest.clock import CostTable, VirtualClock
 from guest.errors import MemoryFault
@@ -124,6 +125,8 @@ class Boot:
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
+        self.system_table: bytes | None = None
+        """The EFI system table as the stub left it; None if boot_params do not name it."""
         self.done: list[str] = []
 
     @property
@@ -198,7 +201,15 @@ def _firmware(boot: Boot) -> None:
 
 def _efi_stub(boot: Boot) -> None:
     efi_stub(boot.machine, boot.config.protocol)
+    _keep_what_the_stub_left(boot)
+
+
+def _keep_what_the_stub_left(boot: Boot) -> None:
+    """Copies of boot_params and of the system table, whose pointers become virtual addresses later on."""
     boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+    params = RecordCopy(boot.boot_params, BOOT_PARAMS)
+    at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
+    boot.system_table = boot.physical.read(at, EFI_SYSTEM_TABLE.sizeof()) if at else None
 
 
 def _decompress(boot: Boot) -> None:
@@ -237,7 +248,7 @@ def _real_code(boot: Boot) -> RealCode:
 
 def _real_stub(boot: Boot) -> None:
     _real_code(boot).stub()
-    boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+    _keep_what_the_stub_left(boot)
 
 
 def _real_decompressor(boot: Boot) -> None:

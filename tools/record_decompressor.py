@@ -36,20 +36,37 @@ _EL64 = 0x3436_4C45
 _TABLE_VERSION = 1
 _LOADFLAGS_AT, _ = field_extents(BOOT_PARAMS)["hdr.loadflags"]
 
+SET_UP = ("id", "cmdline", "descs", "memmap", "max_level", "tsc0", "load", "cmdline_pa", "boot_params_pa")
+"""Fields of a case that say what is run, and ``table`` without its ``bits_after``; the others say what came of it."""
+
 
 def run_decompressor(case: dict[str, Any], image: bytes) -> dict[str, Any]:
     """Run the decompressor of ``image``; returns the fields of a recorded case that say what came of it.
 
-    Where the recorded run read the TSC to choose a place, the TSC is set so that the choice is the recorded one.
+    Where the recorded run read the TSC to choose a place, the TSC is set so that the choice is the recorded one. With
+    ``chosen_by_tsc`` the case says that ``tsc0`` leads there, as it does where boot_params are the same to the byte.
     """
-    return _Run(case, image).run()
+    run = _Run(case, image)
+    if not case.get("chosen_by_tsc"):
+        run.choose_as_recorded()
+    return run.results()
+
+
+def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
+    """A case with the set-up of ``case`` and what came of it here; KASLR chooses by the TSC of the set-up."""
+    out = _Run(case, image).results()
+    table, bits_after = case["table"], out.pop("bits_after")
+    set_up = {name: case[name] for name in SET_UP if name in case} | {"init_size": parse_bzimage(image).init_size}
+    serial = "".join(f"{line}\r\n" for line in out.pop("serial"))
+    set_up["chosen_by_tsc"] = True
+    return set_up | out | {"table": table and table | {"bits_after": bits_after}, "serial": serial}
 
 
 class _Run:
     def __init__(self, case: dict[str, Any], image: bytes) -> None:
         self._case, self._image, self._bzimage = case, image, parse_bzimage(image)
         self._map = [MemoryDescriptor(*fields) for fields in case["memmap"]]
-        self._td = RecordedTd(self._map, case["max_level"])
+        self._td = RecordedTd(self._map, case["max_level"], tsc0=case["tsc0"])
         self._td.add_memory([(0, SZ_1M)])  # where the decompressor looks for ACPI tables
         self._machine, self._memory = self._td.machine, self._td.machine.memory
         self._machine.trace.stage = "decompress"
@@ -57,10 +74,19 @@ class _Run:
         options = RunOptions(skip=True, timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(self._machine, self._td.physical, image, options)
         self._td.host.instructions = Instructions(self._code.devices)
-        self._tscs = self._tscs_of_the_choice()
-        self._code.vcpu.tsc = self._rdtsc
+        self._code.vcpu.tsc = self._td.rdtsc
 
-    def run(self) -> dict[str, Any]:
+    def choose_as_recorded(self) -> None:
+        """Let KASLR choose the places that it chose in the recorded run."""
+        tscs = iter(self._tscs_of_the_choice())
+
+        def rdtsc() -> int:
+            self._td.rdtsc()
+            return next(tscs, 0)
+
+        self._code.vcpu.tsc = rdtsc
+
+    def results(self) -> dict[str, Any]:
         self._code.decompressor()
         case, accepts = self._case, self._td.accepts()
         output, virtual = self._code.unpacked_for or (None, None)
@@ -139,7 +165,3 @@ class _Run:
         slots = physical_slot(self._map, size, align, case["output"]), virtual_slot(align, case["virt"])
         seed = boot_seed(self._image, bytes(params))
         return [tsc_for(seed, slot) for slot in slots][2 - case["rdtsc"] :]
-
-    def _rdtsc(self) -> int:
-        self._td.rdtsc()
-        return self._tscs.pop(0) if self._tscs else 0

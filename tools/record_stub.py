@@ -12,6 +12,7 @@ from bootstub.events import KernelPlaced
 from bootstub.protocol import MAINLINE
 from bootstub.setup_data import SetupDataType, walk_setup_data
 from cpu.run import RealCode, RunOptions
+from firmware.boot_services import EfiServices
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.pe import parse_pe
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
@@ -78,7 +79,7 @@ class _Run(ABC):
     def run(self) -> dict[str, Any]:
         services = self._services
         out: dict[str, Any] = {
-            "input_map": sorted(_rows(services.memory_map.descriptors()), key=lambda row: row[1]),
+            "input_map": sorted(map_rows(services.memory_map.descriptors()), key=lambda row: row[1]),
             "stop": self._run_to_the_end(),
             "stub_exit_status": services.exit_status,
         }
@@ -86,7 +87,7 @@ class _Run(ABC):
             out["kernel_pa"], out["kernel_va"] = self._unpacked_for
         if out["stop"] == _ENTERED:
             out |= self._boot_params(self._machine.regs.rsi) | {"kernel_entry": self._machine.regs.rip}
-        tables = list(self._config_tables())
+        tables = list(config_tables(self._services))
         table = dict(tables).get("LINUX_UNACCEPTED_MEM_TABLE")
         accepts = self._td.accepts()
         return out | {
@@ -95,8 +96,8 @@ class _Run(ABC):
             "accept": accepts,
             "accept_calls": sum(count for *_, count in accepts),
             "still_pending": self._td.still_pending(),
-            "map_at_bitmap": _rows(services.maps[1]) if len(services.maps) > 1 else None,
-            "map_at_exit": _rows(services.maps[-1]) if services.maps else None,
+            "map_at_bitmap": map_rows(services.maps[1]) if len(services.maps) > 1 else None,
+            "map_at_exit": map_rows(services.maps[-1]) if services.maps else None,
             "calls": self._gates.calls,
             "console": self._gates.console,
             "cpuid": {f"{leaf:#x}": count for leaf, count in self._td.module.cpuids.items()},
@@ -134,13 +135,14 @@ class _Run(ABC):
                 row["e820ext"] = [[e.addr, e.size, e.type] for e in parse_e820_table(read(node.data_gpa, node.len))]
             yield row
 
-    def _config_tables(self) -> Iterator[tuple[str, int]]:
-        system_table = GuestRecord(self._machine.memory, self._services.system_table, EFI_SYSTEM_TABLE)
-        size = EFI_CONFIGURATION_TABLE.sizeof()
-        for number in range(system_table["NumberOfTableEntries"]):
-            at = system_table["ConfigurationTable"] + number * size
-            entry = EFI_CONFIGURATION_TABLE.parse(self._physical.read(at, size))
-            yield guid_name(entry.VendorGuid), entry.VendorTable
+
+def config_tables(services: EfiServices) -> Iterator[tuple[str, int]]:
+    """The configuration tables by name, with their addresses."""
+    memory, size = services.machine.memory, EFI_CONFIGURATION_TABLE.sizeof()
+    system_table = GuestRecord(memory, services.system_table, EFI_SYSTEM_TABLE)
+    for number in range(system_table["NumberOfTableEntries"]):
+        entry = EFI_CONFIGURATION_TABLE.parse(memory.read(system_table["ConfigurationTable"] + number * size, size))
+        yield guid_name(entry.VendorGuid), entry.VendorTable
 
 
 class _RealRun(_Run):
@@ -184,7 +186,7 @@ class _OurRun(_Run):
         return f"halted: {error.text}"
 
 
-def _rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:
+def map_rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:
     """Descriptors as a recorded map has them: ``[type, start, pages, attribute]``."""
     return [[d.type, d.start, d.pages, d.attribute] for d in descriptors]
 

@@ -13,7 +13,7 @@ from typing import Any
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.efi_types import EfiMemoryType, EfiStatus
-from firmware.load_image import FwCfg, LoadedImage, load_image
+from firmware.load_image import FwCfg, LoadedImage, install_initrd, load_image
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.paging import build_identity_map
@@ -88,13 +88,17 @@ class RecordedServices(EfiServices):
         return EfiServices.exit(self, image, status, size, data)
 
 
-def start_firmware(td: RecordedTd, case: dict[str, Any], image: bytes) -> tuple[RecordedServices, LoadedImage]:
+def start_firmware(
+    td: RecordedTd, case: dict[str, Any], image: bytes, initrd: bytes = b""
+) -> tuple[RecordedServices, LoadedImage]:
     """Bring the machine of ``td`` to the entry point of ``image``."""
     services = _services(td, case)
     regs = td.machine.regs
     regs.rdx = build_system_table(services)
     loaded = load_image(services, FwCfg(image, cmdline=case["cmdline"]))
-    services.top = case["alloc_limit"]
+    services.top = case.get("alloc_limit", SZ_4G)
+    if initrd:
+        install_initrd(services, initrd)
     regs.cr3 = build_identity_map(td.machine.memory, services.arena)
     regs.rsp = build_stack(services)
     if "rng" in case:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from firmware.efi_types import EfiMemoryType
 from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
@@ -13,35 +15,77 @@ from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
+from tdx.cpuid import TSC_HZ
 from tdx.events import TdCall
-from tdx.leaves import Leaf
+from tdx.leaves import Leaf, SubFunction
 from tdx.module import TdConfig, TdxModule
 from tdx.sept import LEVEL_1G, LEVEL_2M, LEVEL_SIZE, SecureEpt, SeptState
 from tdx.status import TDX_PAGE_ALREADY_ACCEPTED, TDX_PAGE_SIZE_MISMATCH, TDX_SUCCESS
 from tdx.vmm import Host
 
-_CPUID_FEATURES, _CPUID_TDX = 1, 0x21
-_RDRAND = 1 << 30
+_CPUID_FEATURES, _CPUID_FREQUENCY, _CPUID_TDX = 1, 0x16, 0x21
+_TSC_MHZ = TSC_HZ // 1_000_000
+NO_RDRAND, NO_MCE_MCA = (1 << 30, 0), (0, 1 << 7 | 1 << 14)
+"""Features to hide: bits of ECX and EDX of CPUID 1."""
 _TSC_STEP = 1000
+_CONFIG = TdConfig()
 _TSC0 = 0x1234_5678_9ABC
 """Where the TSC begins in cases that do not say it."""
 
 
-class RecordedModule(TdxModule):
-    """Our TDX module where the recorded one differs: 1 GiB pages, a processor without RDRAND, counted CPUIDs."""
+_OPERANDS: dict[int, Callable[[Registers, Registers], list[Any]]] = {
+    Leaf.TDG_VP_INFO: lambda asked, answer: ["TDG.VP.INFO"],
+    Leaf.TDG_VM_RD: lambda asked, answer: ["TDG.VM.RD", asked.rdx, answer.r8],
+    Leaf.TDG_VM_WR: lambda asked, answer: ["TDG.VM.WR", asked.rdx, asked.r8, asked.r9],
+    Leaf.TDG_VP_VMCALL: lambda asked, answer: [_vmcall_name(asked), asked.r12, asked.r13, asked.r14, asked.r15],
+}
 
-    def __init__(self, physical: PhysicalMemory, sept: SecureEpt, host: Host, max_level: int, tdx: bool) -> None:
-        super().__init__(physical, sept, host, host.trace, host.clock, host.costs, TdConfig())
+
+def _vmcall_name(regs: Registers) -> str:
+    known = regs.r10 == 0 and regs.r11 in set(SubFunction)
+    return f"TDVMCALL.{SubFunction(regs.r11).name if known else f'{regs.r11:#x}'}"
+
+
+class RecordedModule(TdxModule):
+    """Our TDX module where the recorded one differs: 1 GiB pages, and a processor that tells its frequency (CPUID 0x16)
+    and has the features of ``hidden`` less.
+
+    It keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
+    """
+
+    def __init__(
+        self, physical: PhysicalMemory, sept: SecureEpt, host: Host, max_level: int, tdx: bool, hidden: tuple[int, int],
+        config: TdConfig,
+    ) -> None:  # fmt: skip
+        super().__init__(physical, sept, host, host.trace, host.clock, host.costs, config)
         self._sept_1g, self._host_1g, self._max_level, self._tdx = sept, host, max_level, tdx
+        self._hidden_ecx, self._hidden_edx = hidden
         self.cpuids: Counter[int] = Counter()
+        self.calls: list[list[Any]] = []
+        self.rip: Callable[[], int] = lambda: 0
+        """Where the TDCALL stands that is being executed."""
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
         """As a TD sees it. ``tdx`` is false: nothing says that it is one."""
         self.cpuids[leaf] += 1
         if leaf == _CPUID_TDX and not self._tdx:
             return 0, 0, 0, 0
+        if leaf == _CPUID_FREQUENCY:
+            return _TSC_MHZ, _TSC_MHZ, 0, 0
         eax, ebx, ecx, edx = super().cpuid(leaf, subleaf)
-        return eax, ebx, ecx & ~_RDRAND if leaf == _CPUID_FEATURES else ecx, edx
+        if leaf == _CPUID_FEATURES:
+            return eax, ebx, ecx & ~self._hidden_ecx, edx & ~self._hidden_edx
+        return eax, ebx, ecx, edx
+
+    def tdcall(self, regs: Registers) -> None:
+        """TDCALL; what is no accept is written down: name, RIP, operands in, and the value that was read."""
+        if regs.rax == Leaf.TDG_MEM_PAGE_ACCEPT or regs.rax not in _OPERANDS:
+            super().tdcall(regs)
+            return
+        leaf, asked = regs.rax, replace(regs)
+        super().tdcall(regs)
+        name, *operands = _OPERANDS[leaf](asked, regs)
+        self.calls.append([name, self.rip(), *operands])
 
     def tdcall_run(self, regs: Registers, step: int, count: int) -> int:
         """TDCALL; a page of 1 GiB can be accepted if the recorded host has such pages."""
@@ -72,11 +116,13 @@ class RecordedTd:
 
     ``tdx_max_level`` is the largest page that can be accepted, ``tdx`` false hides the TD from the guest,
     ``already_accepted`` are ranges of unaccepted memory that need no accept, ``tsc0`` is where the TSC begins.
+    ``hidden`` are features that CPUID 1 does not show: no RDRAND, for places by KASLR that can be repeated.
     """
 
     def __init__(
         self, descriptors: list[MemoryDescriptor], tdx_max_level: int, tdx: bool = True,
-        already_accepted: Iterable[Sequence[int]] = (), tsc0: int = _TSC0,
+        already_accepted: Iterable[Sequence[int]] = (), tsc0: int = _TSC0, hidden: tuple[int, int] = NO_RDRAND,
+        config: TdConfig = _CONFIG,
     ) -> None:  # fmt: skip
         self.physical, self.sept = PhysicalMemory(), SecureEpt()
         clock = VirtualClock()
@@ -85,13 +131,13 @@ class RecordedTd:
         kind = EfiMemoryType.EfiUnacceptedMemoryType
         self._unaccepted = RangeSet((d.start, d.end) for d in descriptors if d.type == kind)
         level = min(tdx_max_level, LEVEL_2M)
-        self.host = Host(self.physical, self.sept, self.trace, clock, CostTable(), ram, level)
+        self.host = Host(self.physical, self.sept, self.trace, clock, CostTable(), ram, level, config.shared_mask)
         self.add_memory(ram, self._unaccepted)
         self.add_memory((start, end) for start, end in already_accepted)
         self.host.finalize()
-        self.module = RecordedModule(self.physical, self.sept, self.host, tdx_max_level, tdx)
+        self.module = RecordedModule(self.physical, self.sept, self.host, tdx_max_level, tdx, hidden, config)
         self.machine = Machine.build(self.physical, self.module, self.trace, clock)
-        self._tsc = tsc0
+        self._tsc, self._noise = tsc0, 1
         self.rdtscs = 0
 
     def add_memory(self, ranges: Iterable[tuple[int, int]], but: RangeSet | None = None) -> None:
@@ -111,6 +157,12 @@ class RecordedTd:
         """The recorded processor has no RDRAND, and CPUID says so."""
         raise ValueError("RDRAND on a processor without it")
 
+    def noisy_rdtsc(self) -> int:
+        """The same with noise of up to as much again, or the kernel takes the TSC for no clock."""
+        self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
+        self._tsc += (self._noise >> 16) % _TSC_STEP
+        return self.rdtsc()
+
     def still_pending(self) -> list[list[int]]:
         """What is not accepted of the memory that was unaccepted."""
         pending = self._unaccepted.copy()
@@ -118,12 +170,17 @@ class RecordedTd:
             pending.remove(start, end)
         return [[start, end] for start, end in pending]
 
-    def accepts(self) -> list[list[int]]:
-        """The accepts so far, ``[gpa, level, status, calls]``; those that go on where the last one ended are one."""
+    def accepts(self, stage: str | None = None) -> list[list[int]]:
+        """The accepts so far, or those of a stage, ``[gpa, level, status, calls]``.
+
+        Those that go on where the last one ended are one.
+        """
         out: list[list[int]] = []
         for record in self.trace.records:
             event = record.event
             if not isinstance(event, TdCall) or event.leaf != Leaf.TDG_MEM_PAGE_ACCEPT.spec_name:
+                continue
+            if stage not in (None, record.stage):
                 continue
             gpa, level = event.rcx & ~0xFFF, event.rcx & 7
             last = out[-1] if out else [0, -1, 0, 0]

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import construct as c
 from bitarray import bitarray
 
+from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY
 from guest.memory import PhysicalMemory
-from guest.records import field_extents
 from guest.units import BITS_PER_BYTE, SZ_64M
 
-_HEADER = c.Struct("version" / c.Int32ul, "unit_size" / c.Int32ul, "phys_base" / c.Int64ul, "size" / c.Int64ul)
 _MAX_SIZE = SZ_64M
 
 
@@ -28,14 +26,13 @@ def build_table(version: int, unit_size: int, phys_base: int, size: int, bits: l
     for first, end in bits:
         bitmap[first:end] = 1
     header = {"version": version, "unit_size": unit_size, "phys_base": phys_base, "size": size}
-    extents = field_extents(_HEADER).items()
-    return b"".join(header[name].to_bytes(length, "little") for name, (_, length) in extents) + bitmap.tobytes()
+    return EFI_UNACCEPTED_MEMORY.build(header) + bitmap.tobytes()
 
 
 def read_table(memory: PhysicalMemory, gpa: int) -> dict[str, Any]:
     """The table at ``gpa``: its fields, its set bits, and the SHA-256 of all of it."""
-    data = memory.read(gpa, _HEADER.sizeof())
-    header = _HEADER.parse(data)
+    data = memory.read(gpa, EFI_UNACCEPTED_MEMORY.sizeof())
+    header = EFI_UNACCEPTED_MEMORY.parse(data)
     bitmap = memory.read(gpa + len(data), header.size)
     return {
         "pa": gpa,

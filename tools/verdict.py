@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from bootstub.boot_params import BOOT_PARAMS, e820_table_of, parse_e820_table
 from bootstub.e820_types import E820_TYPE_RAM
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
+from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.bitmap import GuestBitmap
 from guest.ranges import TOP, RangeSet
 from guest.records import RecordCopy
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
-from kernel.efi import EFI_UNACCEPTED_MEMORY
 from tdx.events import Finding
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
 
 def bitmap(boot: Boot) -> bytes:
     """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
-    found = _table(boot, RecordCopy(boot.boot_params, BOOT_PARAMS)) if boot.boot_params is not None else None
+    found = _table(boot)
     return boot.physical.read(found[0], found[1]) if found is not None else boot.bitmap()
 
 
@@ -82,7 +82,7 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
-    found = _table(boot, params)
+    found = _table(boot)
     if found is None and not params["unaccepted_memory"]:
         return None
     at, size, unit, base = found or (params["unaccepted_memory"], PHYSICAL_ADDRESS_END, PMD_SIZE, 0)
@@ -94,20 +94,17 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     return unaccepted
 
 
-def _table(boot: Boot, params: RecordCopy) -> tuple[int, int, int, int] | None:
+def _table(boot: Boot) -> tuple[int, int, int, int] | None:
     """Mainline's table: address and bytes of the bitmap, unit size, address of the first unit."""
-    at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
-    if not at:
+    if boot.system_table is None:
         return None
-    read = boot.physical.read
-    system_table = RecordCopy(read(at, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
+    read, system_table = boot.physical.read, RecordCopy(boot.system_table, EFI_SYSTEM_TABLE)
     count = min(system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
     size = EFI_CONFIGURATION_TABLE.sizeof()
     data = read(system_table["ConfigurationTable"], count * size)
     for entry in (data[start : start + size] for start in range(0, len(data), size)):
         if entry[:16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
             table = int.from_bytes(entry[16:], "little")
-            header = read(table, EFI_UNACCEPTED_MEMORY.size)
-            _, unit, base, bitmap_size = EFI_UNACCEPTED_MEMORY.unpack(header)
-            return table + EFI_UNACCEPTED_MEMORY.size, bitmap_size, unit, base
+            header = RecordCopy(read(table, EFI_UNACCEPTED_MEMORY.sizeof()), EFI_UNACCEPTED_MEMORY)
+            return table + EFI_UNACCEPTED_MEMORY.sizeof(), header["size"], header["unit_size"], header["phys_base"]
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bootstub.efi_call import EfiCalls, EfiError
-from firmware.efi_types import EFI_LOAD_FILE2_PROTOCOL_GUID, EfiMemoryType
+from firmware.efi_types import EFI_LOAD_FILE2_PROTOCOL_GUID, LINUX_EFI_BOOT_MEMMAP_GUID, EfiMemoryType
 from guest.errors import GuestPanic
 from guest.trace import ServiceCall
 
@@ -71,9 +71,10 @@ def test_errors_carry_the_status(efi):
 
 
 def test_memory_map_with_room_to_spare(boot, efi):
-    """The buffer has room for the slack, the caller's header before the map, and pages of the type asked for."""
-    memmap = efi.get_memory_map(8, ACPI_RECLAIM, header=40)
-    assert memmap.gpa % 4096 == 40
+    """The buffer has room for the slack and its header; one that is to last is a configuration table."""
+    memmap = efi.get_memory_map(8, install=True)
+    assert memmap.gpa == memmap.pool + 40 == efi.configuration_table(LINUX_EFI_BOOT_MEMMAP_GUID) + 40
+    assert memmap.pool % 4096 == 0
     assert (memmap.desc_size, memmap.desc_ver) == (48, 1)
     found = efi.descriptors(memmap)
     assert len(found) == memmap.nr_desc == memmap.map_size // 48
@@ -84,9 +85,9 @@ def test_memory_map_with_room_to_spare(boot, efi):
 
 def test_memory_map_again_in_the_same_buffer(efi):
     """A refreshed map has the same buffer, a new key, and what was allocated since; nothing was allocated for it."""
-    first = efi.get_memory_map(8, LOADER_DATA)
+    first = efi.get_memory_map(8)
     page = efi.allocate_pages(1, max_address=0x9FFF)
-    second = efi.refresh_memory_map(first)
+    second = efi.refresh_memory_map(first.gpa, first.buff_size)
     assert (second.gpa, second.buff_size) == (first.gpa, first.buff_size)
     assert second.map_key > first.map_key
     assert [d.type for d in efi.descriptors(second) if d.start == page] == [LOADER_DATA]
@@ -94,11 +95,11 @@ def test_memory_map_again_in_the_same_buffer(efi):
 
 def test_memory_map_that_does_not_fit_any_more(efi):
     """A map that outgrew the buffer is EFI_BUFFER_TOO_SMALL."""
-    first = efi.get_memory_map(8, LOADER_DATA)
+    first = efi.get_memory_map(8)
     for limit in range(0x4FFF, 0x1FFFF, 0x2000):
         efi.allocate_pages(1, max_address=limit)
     with pytest.raises(EfiError, match="0x8000000000000005"):
-        efi.refresh_memory_map(first)
+        efi.refresh_memory_map(first.gpa, first.buff_size)
 
 
 def test_a_freed_pool_is_free(boot, efi):

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from bootstub.protocol import PROTOCOLS, V9
+from bootstub.protocol import MAINLINE, PROTOCOLS, V9
 from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import FormatError, GuestPanic, MemoryFault
@@ -137,10 +137,10 @@ def test_order_of_services(new_boot):
         "HandleProtocol",  # the loaded image
         "AllocatePages",  # boot_params
         "AllocatePool",  # command line
-        "LocateDevicePath", "HandleProtocol", "LoadFile", "AllocatePages", "LoadFile",
+        "LocateDevicePath", "HandleProtocol", "LoadFile", "AllocatePages", "LoadFile", "OutputString",
         "GetVariable",  # SecureBoot
         "GetMemoryMap", "AllocatePool", "GetMemoryMap", "AllocatePages", "FreePool",  # allocate_e820: the bitmap
-        "GetMemoryMap", "AllocatePool", "GetMemoryMap", "ExitBootServices",
+        "GetMemoryMap", "AllocatePool", "InstallConfigurationTable", "GetMemoryMap", "ExitBootServices",
     ]  # fmt: skip
 
 
@@ -329,6 +329,6 @@ def test_system_table_in_unaccepted_memory(new_boot):
 
 
 def test_protocols():
-    """One protocol is known so far: v9, whose stub keeps room for 8 more descriptors."""
-    assert PROTOCOLS == {"v9": V9}
-    assert (V9.name, V9.efi_mmap_nr_slack_slots) == ("v9", 8)
+    """v9's stub keeps room for 8 more descriptors, mainline's for 32."""
+    assert PROTOCOLS == {"v9": V9, "mainline": MAINLINE}
+    assert (V9.efi_mmap_nr_slack_slots, MAINLINE.efi_mmap_nr_slack_slots) == (8, 32)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import struct
+import sys
 import tracemalloc
 import zlib
 
@@ -17,7 +18,7 @@ from bootstub.sample_kernel import build_bzimage, build_vmlinux
 from guest.errors import BootError, FormatError
 
 KERNEL = b"a kernel " * 1000
-COMPRESSIONS = ["gzip", "bzip2", "lzma", "xz", "zstd"]
+COMPRESSIONS = ["gzip", "bzip2", "lzma", "xz", "zstd", "lz4"]
 
 
 def packed(compression: str, kernel: bytes = KERNEL) -> bytes:
@@ -62,12 +63,35 @@ def test_debian(exact_debian_kernel):
     assert vmlinux.startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize(("magic", "name"), [("02214c18", "lz4"), ("894c5a4f", "lzo")])
-def test_known_and_unsupported(magic, name):
-    """lz4 and lzo are recognised by name and refused as not supported yet."""
-    error = refusal(bytes.fromhex(magic) + bytes(60) + struct.pack("<I", 100))
+def test_known_and_unsupported():
+    """lzo is recognised by name and refused as not supported yet."""
+    error = refusal(bytes.fromhex("894c5a4f") + bytes(60) + struct.pack("<I", 100))
     assert error.what == "payload compression"
-    assert error.found == f"{name}, which is known and not supported yet"
+    assert error.found == "lzo, which is known and not supported yet"
+
+
+def test_lz4_is_an_extra(monkeypatch):
+    """Without the module lz4, a kernel that needs it is refused with the extra's name."""
+    payload = packed("lz4")
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    error = refusal(payload)
+    assert (error.what, error.expected) == ("payload compression", "lz4: pip install 'unaccepted[lz4]'")
+
+
+def test_lz4_of_several_frames_and_blocks():
+    """Blocks follow each other up to the size at the end, across the magic of a further frame."""
+    kernel = bytes(range(251)) * 80_000  # three blocks
+    frame = packed("lz4", kernel)[:-4]
+    assert decompress(frame + struct.pack("<I", len(kernel))) == kernel
+    assert decompress(frame + frame + struct.pack("<I", 2 * len(kernel))) == kernel + kernel
+
+
+@pytest.mark.parametrize("size", [0, 1 << 31, 0xFFFF_FFFF])
+def test_lz4_block_that_lies(size):
+    """A block of no bytes, or of more than there are, is refused."""
+    payload = packed("lz4")
+    error = refusal(payload[:4] + struct.pack("<I", size) + payload[8:])
+    assert (error.what, "a block of" in str(error.found)) == ("payload", True)
 
 
 @pytest.mark.parametrize("start", [b"", b"\x1f", b"\x7fELF\x02\x01", b"PK\x03\x04", bytes(16)])
@@ -88,7 +112,7 @@ def test_cut_short(compression, keep):
     assert error.what in ("payload", "payload output")
 
 
-@pytest.mark.parametrize("compression", ["bzip2", "lzma", "xz", "zstd"])
+@pytest.mark.parametrize("compression", ["bzip2", "lzma", "xz", "zstd", "lz4"])
 @pytest.mark.parametrize("difference", [-1, 1, 1000])
 def test_size_that_lies(compression, difference):
     """Output that is longer or shorter than the payload's last four bytes say is refused."""

@@ -28,3 +28,14 @@ def test_lines_of_the_uart_come_through_byte_for_byte() -> None:
     for byte in "[    0.1] a \t\x1b[1m é \r\r\n\n".encode() + b"\xff\x00\n unfinished":
         devices.write(UART_BASE, 1, byte)
     assert lines == ["[    0.1] a \t\x1b[1m é \r", "", "\\xff\x00"]
+
+
+def test_a_latch_keeps_what_is_written():
+    """A port that is a latch reads as its first value, then as the byte written last; by default there is none."""
+    devices = Devices(print)
+    devices.write(0x21, 1, 0xFB)
+    assert devices.read(0x21, 1) == 0xFF
+    devices.latches[0x21] = 0x80
+    assert devices.read(0x21, 1) == 0x80
+    devices.write(0x21, 1, 0xFB)
+    assert devices.read(0x21, 1) == 0xFB

@@ -69,7 +69,9 @@ BOOT_SERVICES = {
     "HandleProtocol": 152, "LocateDevicePath": 184, "InstallConfigurationTable": 192, "ExitBootServices": 232,
     "LocateProtocol": 320, "CreateEventEx": 368,
 }  # fmt: skip
-RUNTIME_SERVICES = {"GetTime": 24, "GetVariable": 72, "QueryVariableInfo": 128}
+RUNTIME_SERVICES = {
+    "GetTime": 24, "SetVirtualAddressMap": 56, "GetVariable": 72, "GetNextVariableName": 80, "QueryVariableInfo": 128
+}  # fmt: skip
 """Offsets of function pointers in the tables (UEFI 2.10, sections 4.4 and 4.5)."""
 
 

@@ -37,7 +37,7 @@ def test_mrtd_by_seamcalls_is_mrtd_of_the_host(make_td) -> None:
     by_host, by_calls = make_td(running=False), make_td(running=False)
     by_host.host.page_add(PAGE, b"firmware", SZ_4K, "BFV", extend=True)
     host, seam = by_calls.host, by_calls.host.seam
-    host._add_tables(PAGE, PAGE + SZ_4K, 0, host.sept.top)
+    host.add_tables(PAGE, PAGE + SZ_4K, 0)
     seam.host_memory.write(0x8000, b"firmware")
     for leaf, rcx in [(PAGE_ADD, PAGE), *((MR_EXTEND, PAGE + at) for at in range(0, SZ_4K, 256))]:
         regs = Registers(rax=leaf, rcx=rcx, r9=0x8000)

@@ -21,9 +21,9 @@ SMALL, LARGE, PENDING_SMALL, PENDING_LARGE, ABSENT, NO_RAM = SZ_4K, 2 * SZ_2M, 2
 def td(make_td):
     """A TD with accepted and PENDING pages of both sizes."""
     td = make_td()
-    td.host._add_tables(0, SZ_2M, LEVEL_4K, td.sept.top)
+    td.host.add_tables(0, SZ_2M, LEVEL_4K)
     td.host.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, SMALL, 2)
-    td.host._add_tables(LARGE, PENDING_LARGE + SZ_2M, LEVEL_2M, td.sept.top)
+    td.host.add_tables(LARGE, PENDING_LARGE + SZ_2M, LEVEL_2M)
     td.host.seam.run(SeamLeaf.TDH_MEM_PAGE_AUG, LARGE | 1, 2)
     for rcx in (SMALL, LARGE | 1):
         regs = Registers(rax=6, rcx=rcx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,11 @@ def test_case_that_differs(command, file):
     assert answer.out.splitlines()[0] == f"case {case['id']} {case['name']}"
     assert answer.out.splitlines()[1].startswith("    n: found ")
     assert answer.out.splitlines()[-1].split() == ["v9", "1", "0", "1", "0"]
+
+
+def test_progress_on_a_terminal(command, file, monkeypatch):
+    """On a terminal, the number of cases so far is written over itself on standard error."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = json.dumps(first_case("v9"))
+    answer = command("conform", file("v9.jsonl", f"{line}\n{line}\n"), "--jobs", "1")
+    assert (answer.status, answer.err) == (0, "\r1 cases\r\r2 cases\r")

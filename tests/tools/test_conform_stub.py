@@ -29,11 +29,11 @@ def case(family: str, wanted: int) -> dict[str, Any]:
 
 @pytest.fixture
 def conform(command, file, exact_debian_kernel):
-    """``conform(family, cases)``: the report of the command on those cases."""
+    """``conform(family, cases, *options)``: the report of the command on those cases."""
 
-    def run(family, chosen):
+    def run(family, chosen, *options):
         path = file(f"{family}.jsonl", "\n".join(map(json.dumps, chosen)))
-        answer = command("conform", path, "--kernel", exact_debian_kernel, "--json", "short")
+        answer = command("conform", path, "--kernel", exact_debian_kernel, "--json", "short", *options)
         assert answer.err == ""
         (report,) = json.loads(answer.out)["files"]
         assert answer.status == (1 if report["differ"] else 0)
@@ -42,13 +42,14 @@ def conform(command, file, exact_debian_kernel):
     return run
 
 
-def test_stubs_of_every_profile_agree(conform):
+@pytest.mark.parametrize("options", [(), ("--ours",)], ids=["the image's code", "our stage"])
+def test_stubs_of_every_profile_agree(conform, options):
     """Three runs of each of the 13 kinds of set-up agree in all that is compared, or are left out with the reason."""
     profiles: dict[str, list[dict[str, Any]]] = {}
     for each in cases("stub"):
         profiles.setdefault(each["profile"], []).append(each)
     chosen = [each for group in profiles.values() for each in random.Random(2304).sample(group, 3)]
-    report = conform("stub", chosen)
+    report = conform("stub", chosen, *options)
     assert (len(profiles), report["cases"], report["differing"]) == (13, 39, [])
     assert set(report["reasons"]) <= {NO_RAM}
     assert report["agree"] >= 38
@@ -140,6 +141,24 @@ def test_what_is_recorded_agrees_with_itself(command, conform, tmp_path, exact_d
     assert conform("stub", recorded)["agree"] == 6
 
 
+def test_what_a_decompressor_does_is_recorded(command, conform, file, tmp_path, exact_debian_kernel):
+    """Runs of a decompressor that were recorded here are cases, with the places that KASLR chose here."""
+    theirs = [case("decompressor", number) for number in (8, 14, 37)]  # nokaslr; accepts; prints
+    maps, out = file("decompressor.jsonl", "\n".join(map(json.dumps, theirs))), tmp_path / "out.jsonl"
+    answer = command("conform", "--record", out, "--kernel", exact_debian_kernel, "--maps", maps)
+    assert (answer.status, answer.out, answer.err) == (0, "", "")
+    recorded = [json.loads(line) for line in out.read_text().splitlines()]
+    for ours, their in zip(recorded, theirs, strict=True):
+        assert {name: ours[name] for name in ("id", "memmap", "load", "init_size", "rdtsc", "serial")} == {
+            name: their[name] for name in ("id", "memmap", "load", "init_size", "rdtsc", "serial")
+        }
+        assert ours["table"].keys() == their["table"].keys()
+    assert recorded[0]["output"] == theirs[0]["output"]
+    assert sum(each["accept_calls"] for each in recorded) > 0
+    report = conform("decompressor", recorded)
+    assert (report["agree"], report["differing"]) == (3, [])
+
+
 def test_what_cannot_be_recorded_is_named(command, file, tmp_path, exact_debian_kernel):
     """A set-up on which the guest dies, or that is none, leaves a line on the screen and none in the file."""
     maps, out = file("stub.jsonl", "\n".join(map(json.dumps, [case("stub", 892), {"id": 7}]))), tmp_path / "out.jsonl"
@@ -150,7 +169,7 @@ def test_what_cannot_be_recorded_is_named(command, file, tmp_path, exact_debian_
     assert none == "case 7 is no case: KeyError: 'descs'"
 
 
-@pytest.mark.parametrize("family", ["stub", "decompressor"])
+@pytest.mark.parametrize("family", ["stub", "decompressor", "boot"])
 def test_without_a_kernel(refused, family):
     """Runs of an image cannot be compared without one: one line."""
     path = VECTORS / f"{family}.jsonl.gz"
