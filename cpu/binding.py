@@ -26,7 +26,7 @@ _SEGMENT = struct.Struct("<IIQII")
 _SEGMENT_ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
 _NO_EXCEPTION = -1
 _CPL_MASK = 3
-_HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 21, 1 << 24
+_HF_INHIBIT_IRQ, _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 3, 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
 _RDRAND = b"\x48\x0f\xc7\xf0"  # rdrand rax
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
@@ -50,7 +50,8 @@ class CpuState:
         self.regs = (ctypes.c_uint64 * 16).from_address(address + _REGS)
         """RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15."""
         self._rip = ctypes.c_uint64.from_address(address + _RIP)
-        self._rflags = ctypes.c_uint64.from_address(address + _RFLAGS)
+        self.rflags_address = address + _RFLAGS
+        self._rflags = ctypes.c_uint64.from_address(self.rflags_address)
         self._hflags = ctypes.c_uint32.from_address(address + _HFLAGS)
         self._segments = (ctypes.c_char * (_SEGMENT.size * 6)).from_address(address + _SEGMENTS)
         self._tables = {
@@ -106,6 +107,15 @@ class CpuState:
     @cpl.setter
     def cpl(self, value: int) -> None:
         self._hflags.value = self._hflags.value & ~_CPL_MASK | value
+
+    @property
+    def in_shadow(self) -> bool:
+        """Whether the instruction before was STI or MOV SS, which keep interrupts off for one more instruction."""
+        return bool(self._hflags.value & _HF_INHIBIT_IRQ)
+
+    @in_shadow.setter
+    def in_shadow(self, value: bool) -> None:
+        self._hflags.value = self._hflags.value & ~_HF_INHIBIT_IRQ | (_HF_INHIBIT_IRQ if value else 0)
 
     def intercept(self, control_block: int, exits: Iterable[int], io_breakpoints: bool = False) -> None:
         """Run as a guest of SVM from now on, with intercepts for these exit codes and no others.
@@ -164,6 +174,10 @@ class Engine:
     def stop(self) -> None:
         """Stop after the hook that calls this."""
         self.uc.emu_stop()
+
+    def go_on(self) -> None:
+        """Leave the basic block that a hook is called for, and go on with the state as the hook has set it."""
+        self.uc.reg_write(self.const.UC_X86_REG_RIP, self.state.rip)
 
     def map(self, gpa: int, view: memoryview) -> None:
         """Let the guest see ``view``, whole pages, at ``gpa``; the bytes are shared, not copied."""

@@ -26,14 +26,17 @@ from cpu.build import KNOWN_VERSION, EngineError
 # bits each:
 #   mov rax, [rsp]; and rax, -64; mov r8d, 4
 #   next:  sub rax, 64; cmp [rax], rsi; jne other; cmp [rax+20], dx; je found
-#   other: dec r8d; jnz next; or qword [rcx], -1; jmp [rcx+16]
-#   found: movzx eax, word [rax+22]; add rax, [rcx]; mov [rcx], rax; cmp rax, [rcx+8]; jae slow; ret
-#   slow:  jmp [rcx+16]
+#   other: dec r8d; jnz next; or qword [rcx], -1; jmp [rcx+24]
+#   found: movzx eax, word [rax+22]; add rax, [rcx]; mov [rcx], rax; cmp rax, [rcx+8]; jae look; ret
+#   look:  cmp rax, [rcx+16]; jae slow; mov rax, [rcx+32]; test byte [rax+1], IF >> 8; jnz slow; ret
+#   slow:  jmp [rcx+24]
 _CODE = bytes.fromhex(
-    "488b0424 4883e0c0 41b804000000 4883e840 483930 7506 66395014 740c 41ffc8 75ec 488309ff ff6110"
-    "0fb74016 480301 488901 483b4108 7301 c3 ff6110"
+    "488b0424 4883e0c0 41b804000000 4883e840 483930 7506 66395014 740c 41ffc8 75ec 488309ff ff6118"
+    "0fb74016 480301 488901 483b4108 7301 c3 483b4110 730b 488b4120 f6400102 7501 c3 ff6118"
 )
-_COUNT, _LIMIT, _SLOW = range(3)
+_COUNT, _SOFT_LIMIT, _HARD_LIMIT, _SLOW, _RFLAGS = range(5)
+"""From the soft limit on, Python is called if RFLAGS.IF is set; from the hard limit on in any case."""
+NEVER = 1 << 63
 _NOT_FOUND = (1 << 64) - 1
 _TICK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 
@@ -57,11 +60,13 @@ class InstructionCounter:
     """
 
     def __init__(self, engine: Engine, interval: int, tick: Callable[[], None]) -> None:
-        self._interval = interval
+        self._interval, self._tick, self._next_tick = interval, tick, interval
+        self._engine = engine
+        self._attend: Callable[[], bool] = lambda: False
         self._page, code = machine_code(_CODE)
-        self._slow = _TICK(engine.guarded(self._on_limit(tick)))
-        slow = ctypes.cast(self._slow, ctypes.c_void_p).value
-        self._cells = (ctypes.c_uint64 * 3)(0, interval, slow or 0)
+        self._slow = _TICK(engine.guarded(self._on_limit))
+        slow = ctypes.cast(self._slow, ctypes.c_void_p).value or 0
+        self._cells = (ctypes.c_uint64 * 5)(0, interval, interval, slow, engine.state.rflags_address)
         engine.hook_native(engine.unicorn.UC_HOOK_BLOCK, code, ctypes.addressof(self._cells))
 
     @property
@@ -69,14 +74,28 @@ class InstructionCounter:
         """Instructions so far."""
         return self._cells[_COUNT]
 
-    def _on_limit(self, tick: Callable[[], None]) -> Callable[[], None]:
-        def on_limit() -> None:
-            if self._cells[_COUNT] == _NOT_FOUND:
-                raise EngineError(f"unicorn: blocks have no record in front of them as in {KNOWN_VERSION}")
-            self._cells[_LIMIT] += self._interval
-            tick()
+    def attend(self, action: Callable[[], bool]) -> None:
+        """Have ``action`` called when :meth:`look` says; if it returns True, it set RIP, and that is where to go on."""
+        self._attend = action
 
-        return on_limit
+    def look(self, instructions: int, with_interrupts_on: bool) -> None:
+        """Call the action in so many instructions, and, ``with_interrupts_on``, as soon as the guest has set RFLAGS.IF.
+
+        It is called between two blocks.
+        """
+        self._cells[_HARD_LIMIT] = min(self._next_tick, self.count + instructions)
+        self._cells[_SOFT_LIMIT] = 0 if with_interrupts_on else self._cells[_HARD_LIMIT]
+
+    def _on_limit(self) -> None:
+        count = self.count
+        if count == _NOT_FOUND:
+            raise EngineError(f"unicorn: blocks have no record in front of them as in {KNOWN_VERSION}")
+        if count >= self._next_tick:
+            self._next_tick = count + self._interval
+            self.look(self._interval, with_interrupts_on=False)
+            self._tick()
+        if self._attend():
+            self._engine.go_on()
 
 
 @lru_cache(maxsize=1)

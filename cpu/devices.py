@@ -12,7 +12,8 @@ UART_BASE = 0x3F8
 _THR, _IER, _IIR, _LCR, _MCR, _LSR, _MSR, _SCR = range(8)
 _LCR_DLAB = 1 << 7
 _LSR_THRE_TEMT = 0x60
-_IIR_NONE = 1
+_IER_THRI = 1 << 1
+_IIR_NONE, _IIR_THRI = 1, 2
 _IIR_FIFO = 0xC0
 _MCR_LOOP = 1 << 4
 _CMOS_INDEX, _CMOS_DATA = 0x70, 0x71
@@ -32,6 +33,8 @@ class Uart:
         self._registers = [0] * 8
         self._divisor = [1, 0]
         self._fifo = False
+        self._thre = False
+        """The transmitter has become empty since IIR last said so."""
 
     def read(self, register: int) -> int:
         """The value of a register, 0 to 7."""
@@ -40,7 +43,7 @@ class Uart:
         if register == _THR:
             return 0
         if register == _IIR:
-            return _IIR_NONE | (_IIR_FIFO if self._fifo else 0)
+            return self._identify() | (_IIR_FIFO if self._fifo else 0)
         if register == _LSR:
             return _LSR_THRE_TEMT
         if register == _MSR:
@@ -58,9 +61,18 @@ class Uart:
         elif register == _IIR:
             self._fifo = bool(value & 1)
         elif register not in (_LSR, _MSR):
+            self._thre |= register == _IER and bool(value & ~self._registers[_IER] & _IER_THRI)
             self._registers[register] = value
 
+    def _identify(self) -> int:
+        """The interrupt that is pending: at most that of the empty transmitter, and reading it ends it."""
+        if not (self._thre and self._registers[_IER] & _IER_THRI):
+            return _IIR_NONE
+        self._thre = False
+        return _IIR_THRI
+
     def _send(self, value: int) -> None:
+        self._thre = True
         if self._registers[_MCR] & _MCR_LOOP:
             return
         if value == 0x0A:

@@ -12,8 +12,10 @@ import mmap
 from dataclasses import dataclass
 from itertools import chain
 
+from cpu import apic
 from cpu.binding import (
     EXCP_VMEXIT,
+    RCX,
     RDI,
     RSI,
     SVM_EXIT_CPUID,
@@ -26,7 +28,7 @@ from cpu.binding import (
 from cpu.build import EngineError
 from cpu.exceptions import LinearMemory
 from guest.units import PAGE_SIZE
-from tdx.msr import NATIVE_READS, NATIVE_WRITES
+from tdx.msr import NATIVE_READS, NATIVE_WRITES, msr_is_native
 from tdx.ve import ExitReason, VeInfo, io_qualification
 
 _LENGTHS = {ExitReason.CPUID: 2, ExitReason.HLT: 1, ExitReason.RDMSR: 2, ExitReason.WRMSR: 2}
@@ -74,22 +76,34 @@ class _HeldIo:
 
 
 class InstructionExits:
-    """The exits of one engine. They begin with the first LIDT."""
+    """The exits of one engine: HLT and the MSRs of the local APIC always, the others from the first LIDT on."""
 
     def __init__(self, engine: Engine, memory: LinearMemory, config: VeConfig) -> None:
         self._state, self._memory, self._config = engine.state, memory, config
-        self._io_exits = False
+        self._begun = False
         self._held: _HeldIo | None = None
-        if config.any:
-            self._control = memoryview(mmap.mmap(-1, PAGE_SIZE + _MSR_MAP_SIZE))
-            self._control[_MSR_MAP_POINTER : _MSR_MAP_POINTER + 8] = (_CONTROL_BLOCK + PAGE_SIZE).to_bytes(8, "little")
-            self._control[PAGE_SIZE:] = _msr_map()
-            engine.map(_CONTROL_BLOCK, self._control)
-            self._state.intercept(_CONTROL_BLOCK, [SVM_EXIT_IDTR_WRITE])
+        self._control = memoryview(mmap.mmap(-1, PAGE_SIZE + _MSR_MAP_SIZE))
+        self._control[_MSR_MAP_POINTER : _MSR_MAP_POINTER + 8] = (_CONTROL_BLOCK + PAGE_SIZE).to_bytes(8, "little")
+        self._control[PAGE_SIZE:] = _msr_map(others=False)
+        engine.map(_CONTROL_BLOCK, self._control)
+        begin = [SVM_EXIT_IDTR_WRITE] if config.any else []
+        self._state.intercept(_CONTROL_BLOCK, [SVM_EXIT_HLT, SVM_EXIT_MSR, *begin])
+
+    def raises_ve(self, info: VeInfo) -> bool:
+        """Whether this exit is to become #VE, or to be done without the guest's help."""
+        config, msr = self._config, self._state.regs[RCX] & 0xFFFF_FFFF
+        wanted = {
+            ExitReason.CPUID: config.cpuid,
+            ExitReason.HLT: config.hlt,
+            ExitReason.IO_INSTRUCTION: config.io,
+            ExitReason.RDMSR: config.msr and not msr_is_native(msr, NATIVE_READS),
+            ExitReason.WRMSR: config.msr and not msr_is_native(msr, NATIVE_WRITES),
+        }
+        return self._begun and wanted[info.exit_reason]
 
     def hold_io(self, port: int, size: int, is_in: bool) -> bool:
         """An IN or OUT is running. True if it exits: then it must have no effect, and an exit follows at once."""
-        if not self._io_exits:
+        if not (self._begun and self._config.io):
             return False
         state = self._state
         self._held = _HeldIo(state.rip, tuple(state.regs), tuple(state.dr), port, size, is_in)
@@ -123,11 +137,9 @@ class InstructionExits:
     def _begin(self) -> None:
         """The guest is about to load an IDT: let that happen, and let instructions exit from now on."""
         config = self._config
-        self._io_exits = config.io
-        wanted = {
-            SVM_EXIT_CPUID: config.cpuid, SVM_EXIT_HLT: config.hlt, SVM_EXIT_MSR: config.msr,
-            SVM_EXIT_WRITE_DR7: config.io,
-        }  # fmt: skip
+        self._begun = True
+        self._control[PAGE_SIZE:] = _msr_map(others=config.msr)
+        wanted = {SVM_EXIT_CPUID: config.cpuid, SVM_EXIT_WRITE_DR7: config.io, SVM_EXIT_HLT: True, SVM_EXIT_MSR: True}
         self._state.intercept(_CONTROL_BLOCK, [code for code, exits in wanted.items() if exits], config.io)
 
     def _take_io(self, held: _HeldIo) -> VeInfo:
@@ -155,11 +167,13 @@ def _info(reason: ExitReason) -> VeInfo:
     return VeInfo(reason, 0, _LENGTHS[reason])
 
 
-def _msr_map() -> bytes:
-    """MSR permission map, two bits each, read and write: every MSR exits but those that are native."""
-    bits = bytearray(b"\xff" * _MSR_MAP_SIZE)
+def _msr_map(others: bool) -> bytes:
+    """MSR permission map, two bits each, read and write: the local APIC's exit, and ``others`` that are not native."""
+    bits = bytearray((b"\xff" if others else b"\0") * _MSR_MAP_SIZE)
     for native, way in ((NATIVE_READS, 0), (NATIVE_WRITES, 1)):
         for msr in chain.from_iterable(native):
             number = msr if msr < _MSR_MAP_LOW else msr - _MSR_MAP_HIGH_BASE + _MSR_MAP_LOW
             bits[number // 4] &= ~(1 << 2 * (number % 4) + way)
+    for msr in apic.MSRS:
+        bits[msr // 4] |= 3 << 2 * (msr % 4)
     return bytes(bits)

@@ -1,7 +1,8 @@
 """An initial RAM disk without a foreign binary: a cpio archive, and in it an ``/init`` of our own machine code.
 
 ``/init`` shows lazy acceptance from user space: it prints /proc/meminfo, then takes memory piece by piece, touches
-every page of it, and prints /proc/meminfo again. It prints through /dev/kmsg: the kernel sends its log to the UART
+every page of it, and prints /proc/meminfo again. If it is to sleep, it does so first, between two prints of
+/proc/interrupts. It prints through /dev/kmsg: the kernel sends its log to the UART
 by polling, but what is written to a terminal waits for interrupts. Sources: Documentation/driver-api/early-userspace/
 buffer-format.rst; ELF-64 Object File Format, version 1.5; SDM volume 2; arch/x86/entry/syscalls/syscall_64.tbl.
 """
@@ -18,7 +19,9 @@ START = "unaccepted-init: start"
 MEMINFO = "unaccepted-init: meminfo"
 """The lines after this one, up to the next of ``/init``, are /proc/meminfo."""
 DONE = "unaccepted-init: done"
-MAX_TOUCHES = 1000
+INTERRUPTS = "unaccepted-init: interrupts"
+"""The lines after this one are /proc/interrupts."""
+MAX_TOUCHES, MAX_SLEEP_MS = 1000, 3_600_000
 
 S_IFDIR, S_IFCHR, S_IFREG = 0o040000, 0o020000, 0o100000
 
@@ -26,7 +29,7 @@ _NEWC_MAGIC = "070701"
 _NEWC_TRAILER = "TRAILER!!!"
 
 # syscall_64.tbl and include/uapi
-_READ, _WRITE, _OPEN, _CLOSE, _MMAP, _MOUNT, _REBOOT = 0, 1, 2, 3, 9, 165, 169
+_READ, _WRITE, _OPEN, _CLOSE, _MMAP, _NANOSLEEP, _MOUNT, _REBOOT = 0, 1, 2, 3, 9, 35, 165, 169
 _O_RDONLY, _O_WRONLY = 0, 1
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, _NO_FILE = 3, 0x22, (1 << 64) - 1
 _LINUX_REBOOT_MAGIC1, _LINUX_REBOOT_MAGIC2, _LINUX_REBOOT_CMD_HALT = 0xFEE1DEAD, 672274793, 0xCDEF0123
@@ -69,20 +72,23 @@ def cpio_newc(files: Iterable[CpioFile]) -> bytes:
     return bytes(out)
 
 
-def build_initrd(touches: int = 4, touch_bytes: int = 256 * SZ_1M) -> bytes:
+def build_initrd(touches: int = 4, touch_bytes: int = 256 * SZ_1M, sleep_ms: int = 0) -> bytes:
     """The archive with ``/init``, which touches memory ``touches`` times, ``touch_bytes`` more each time.
 
+    Before that it sleeps for ``sleep_ms``, if that is not 0, and shows /proc/interrupts from before and after.
     After the last time it prints :data:`DONE` and halts the machine by reboot(2).
     """
     if not 0 <= touches <= MAX_TOUCHES or touch_bytes <= 0 or touch_bytes % SZ_1M:
         raise ValueError(f"{touches} times {touch_bytes:#x} bytes: expected 0 to {MAX_TOUCHES}, and whole MiB")
+    if not 0 <= sleep_ms <= MAX_SLEEP_MS:
+        raise ValueError(f"a sleep of {sleep_ms} ms: expected 0 to {MAX_SLEEP_MS}")
     return cpio_newc(
         [
             CpioFile("dev", S_IFDIR | 0o755),
             CpioFile("dev/console", S_IFCHR | 0o600, rdev_major=5, rdev_minor=1),
             CpioFile("dev/kmsg", S_IFCHR | 0o600, rdev_major=1, rdev_minor=11),
             CpioFile("proc", S_IFDIR | 0o755),
-            CpioFile("init", S_IFREG | 0o755, _init(touches, touch_bytes)),
+            CpioFile("init", S_IFREG | 0o755, _init(touches, touch_bytes, sleep_ms)),
         ]
     )
 
@@ -100,8 +106,12 @@ class _Program:
 
     def string(self, text: str) -> int:
         """Address of ``text``, with a null byte behind it."""
+        return self.data(text.encode() + b"\0")
+
+    def data(self, data: bytes) -> int:
+        """Address of ``data``."""
         address = _DATA_BASE + len(self._data)
-        self._data += text.encode() + b"\0"
+        self._data += data
         return address
 
     def emit(self, code: str) -> None:
@@ -149,31 +159,44 @@ class _Program:
         return (ehdr + text + data + self._code).ljust(data_offset, b"\0") + self._data
 
 
-def _init(touches: int, touch_bytes: int) -> bytes:
+def _init(touches: int, touch_bytes: int, sleep_ms: int) -> bytes:
     """The executable. R14 holds the log's file descriptor."""
     program = _Program()
-    meminfo = program.here
-    _meminfo(program)
+    show = program.here
+    _show(program)
     entry = program.here
     proc = program.string("proc")
     program.syscall(_MOUNT, proc, program.string("/proc"), proc, 0, 0)
     program.syscall(_OPEN, program.string("/dev/kmsg"), _O_WRONLY)
     program.emit("49 89 c6")  # mov r14, rax
     program.print(START)
-    program.jump("e8", meminfo)  # call meminfo
+    if sleep_ms:
+        _show_file(program, show, INTERRUPTS, "/proc/interrupts")
+        program.syscall(_NANOSLEEP, program.data(struct.pack("<QQ", *divmod(sleep_ms * 1_000_000, 1_000_000_000))), 0)
+        _show_file(program, show, INTERRUPTS, "/proc/interrupts")
+    _show_file(program, show, MEMINFO, "/proc/meminfo")
     for number in range(1, touches + 1):
         _touch(program, touch_bytes)
         program.print(f"unaccepted-init: touched {number * touch_bytes // SZ_1M} MiB")
-        program.jump("e8", meminfo)  # call meminfo
+        _show_file(program, show, MEMINFO, "/proc/meminfo")
     program.print(DONE)
     program.syscall(_REBOOT, _LINUX_REBOOT_MAGIC1, _LINUX_REBOOT_MAGIC2, _LINUX_REBOOT_CMD_HALT)
     return program.executable(entry)
 
 
-def _meminfo(program: _Program) -> None:
-    """A subroutine: log /proc/meminfo line by line, as a write to /dev/kmsg is one message."""
-    program.print(MEMINFO)
-    program.syscall(_OPEN, program.string("/proc/meminfo"), _O_RDONLY)
+def _show_file(program: _Program, show: int, title: str, path: str) -> None:
+    program.print(title)
+    program.mov(_RDI, program.string(path))
+    program.jump("e8", show)  # call show
+
+
+def _show(program: _Program) -> None:
+    """A subroutine: log the file whose name is at RDI line by line, as a write to /dev/kmsg is one message.
+
+    Of the file it shows the first 4 KiB.
+    """
+    program.mov(_RSI, _O_RDONLY)
+    program.syscall(_OPEN)
     program.emit("49 89 c7")  # mov r15, rax
     program.emit("48 89 c7")  # mov rdi, rax
     program.emit("4c 8d a4 24 00 e0 ff ff")  # lea r12, [rsp - 0x2000]

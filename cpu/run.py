@@ -48,7 +48,7 @@ class RunOptions:
     ``skip``: leave the decompression out; then there is no kernel behind the door, and the decompressor stops where
     it would unpack it. ``until``: stop when the kernel puts out a line with this text, or, if it is ``accept``, when
     it accepts memory. ``timeout``: instructions. ``seed``: of all that is random, see ``Vcpu``. ``ve``: what raises
-    #VE; then the host needs the ``devices`` of this vCPU, as ``Instructions(devices)``.
+    #VE. The host needs ``Instructions`` with ``devices`` and ``vcpu.interrupts`` of these.
     """
 
     full: bool = False
@@ -113,6 +113,7 @@ class RealCode:
         if self.unpacked_for is not None and not self._options.full:
             self.fills = Fills(self.vcpu, self._machine, self._physical, *self.unpacked_for)
         trace.watchers.append(self._watch)
+        self.vcpu.interrupts.start(self.counter)
         try:
             self._run()
         except _Reached:

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from cpu import apic
 from cpu.binding import RAX, RBX, RCX, RDX, REGISTER_ORDER, RSP, Engine
 from cpu.exceptions import NAMES, WITH_ERROR_CODE, deliver
 from cpu.exits import NO_VE, InstructionExits, VeConfig
+from cpu.interrupts import Interrupts
 from cpu.paging import translate
 from guest.machine import Machine
 from guest.memory import AccessKind, PhysicalMemory
 from guest.ranges import RangeSet
 from guest.registers import MASK64, Registers
 from guest.units import PAGE_SIZE, SZ_64M, round_down, round_up
-from tdx.cpuid import TSC_HZ
 from tdx.instructions import Ports
 from tdx.module import TdxModule
 from tdx.ve import ExitReason, VeInfo
@@ -62,7 +63,8 @@ class Vcpu:
         """Number of #VE so far by exit reason."""
         self._exits = InstructionExits(self.engine, self, ve)
         self._noise = 1
-        self._tsc_start = Random(f"TSC {seed}").getrandbits(_TSC_START_BITS)
+        tsc_start = Random(f"TSC {seed}").getrandbits(_TSC_START_BITS)
+        self.interrupts = Interrupts(machine, self.state, self._enter, tsc_start)
         self.tsc: Callable[[], int] = self._virtual_tsc
         """What RDTSC reads."""
         self.breakpoints: dict[int, Callable[[], None]] = {}
@@ -207,6 +209,7 @@ class Vcpu:
     def _tdcall(self) -> None:
         values = self.state.regs
         regs = Registers(**{name: values[number] for number, name in enumerate(REGISTER_ORDER)})
+        self.interrupts.pass_time()
         self._machine.platform.tdcall(regs)
         for number, name in enumerate(REGISTER_ORDER):
             values[number] = getattr(regs, name) & MASK64
@@ -220,8 +223,11 @@ class Vcpu:
             self._on_exit(info)
 
     def _on_exit(self, info: VeInfo) -> None:
-        """An instruction was left to the TDX module: it answers itself, or raises #VE."""
+        """An instruction exited: it raises #VE, or is done without the guest's help."""
         module = self._machine.platform
+        if not self._exits.raises_ve(info):
+            self._do(info)
+            return
         assert isinstance(module, TdxModule)
         if info.exit_reason is ExitReason.CPUID and module.cpuid_is_native(*self._cpuid_operands(), self.state.cpl):
             self._on_cpuid()
@@ -231,13 +237,45 @@ class Vcpu:
         self.state.error_code = 0  # of #DF
         self._deliver(module.inject_ve(info))
 
+    def _do(self, info: VeInfo) -> None:
+        """HLT, or RDMSR or WRMSR of the local APIC."""
+        if info.exit_reason is not ExitReason.HLT:
+            self._access_msr(info)
+            return
+        self.state.rip += info.instruction_length
+        if self.interrupts.started:
+            self.interrupts.halt()
+        else:
+            self.engine.stop()
+
+    def _access_msr(self, info: VeInfo) -> None:
+        """What the local APIC refuses is #GP. What it does not know reads as 0: so the engine itself has it."""
+        regs = self.state.regs
+        index, is_write = regs[RCX] & 0xFFFF_FFFF, info.exit_reason is ExitReason.WRMSR
+        value: int | None = 0
+        if index in apic.MSRS and is_write:
+            operand = (regs[RDX] & 0xFFFF_FFFF) << 32 | regs[RAX] & 0xFFFF_FFFF
+            value = 0 if self.interrupts.wrmsr(index, operand) else None
+        elif index in apic.MSRS:
+            value = self.interrupts.rdmsr(index)
+        if value is None:
+            self.state.error_code = 0
+            self._deliver(13)
+            return
+        if not is_write:
+            regs[RAX], regs[RDX] = value & 0xFFFF_FFFF, value >> 32
+        self.state.rip += info.instruction_length
+
     def _deliver(self, vector: int) -> None:
         self.exceptions[vector] = self.exceptions.get(vector, 0) + 1
         if self.state.table_base("idt") == 0:
             name = NAMES.get(vector, f"exception {vector}")
             raise self._machine.panic(f"{name} at {self.state.rip:#x}, cr2={self.state.cr[2]:#x}, and no IDT")
+        self._enter(vector, self.state.error_code if vector in WITH_ERROR_CODE else None)
+
+    def _enter(self, vector: int, error_code: int | None = None) -> None:
+        """Enter the guest's handler of ``vector``."""
         rflags = self.engine.uc.reg_read(self.engine.const.UC_X86_REG_EFLAGS)
-        error_code = self.state.error_code if vector in WITH_ERROR_CODE else None
         deliver(self.state, self, vector, rflags, error_code)
 
     def _on_in(self, uc: Any, port: int, size: int, data: Any) -> int:
@@ -263,8 +301,8 @@ class Vcpu:
 
     def _virtual_tsc(self) -> int:
         self._noise = self._noise * 1103515245 + 12345 & 0x7FFF_FFFF
-        self._machine.clock.advance(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
-        return self._tsc_start + self._machine.clock.ns * TSC_HZ // 1_000_000_000
+        self.interrupts.pass_time(_TSC_STEP_NS + (self._noise >> 16) % _TSC_NOISE_NS)
+        return self.interrupts.apic.tsc()
 
     def _on_syscall(self, uc: Any, data: Any) -> None:
         """SYSCALL: the engine leaves the change of rings to us, and adds 2 to RIP afterwards."""

@@ -1,7 +1,9 @@
-"""The ACPI tables of a minimal machine: a root pointer, and a root table with one entry that asks for nothing.
+"""The ACPI tables of a minimal machine: one processor with a local APIC, one serial port, and no ACPI hardware.
 
-A root table without entries is refused by the kernel. The entry is what QEMU writes for Windows, the WAET table.
-Sources: ACPI 6.4, sections 5.2.5 (RSDP), 5.2.6 and 5.2.8 (XSDT); Windows ACPI Emulated Devices Table.
+The serial port has no interrupt, as nothing but the local APIC gives interrupts: the kernel then serves it by timer.
+WAET is what QEMU writes for Windows, and asks for nothing.
+Sources: ACPI 6.4, sections 5.2.5 (RSDP), 5.2.6 and 5.2.8 (XSDT), 5.2.9 (FADT), 5.2.12 (MADT), 6.4.2.5 (I/O port
+descriptor), 20.2 (AML); Windows ACPI Emulated Devices Table.
 """
 
 from __future__ import annotations
@@ -11,22 +13,67 @@ import struct
 from firmware.arena import Arena
 from firmware.efi_types import EfiMemoryType
 
-_RSDP_V1_SIZE = 20
+_RSDP_V1_SIZE, _HEADER_SIZE = 20, 36
 _WAET_RTC_GOOD_TIMER_GOOD = 3
+_LOCAL_APIC_ADDRESS = 0xFEE0_0000
+_MADT_LOCAL_APIC, _MADT_ENABLED = 0, 1
+_FADT_SIZE, _FADT_DSDT, _FADT_BOOT_ARCH, _FADT_FLAGS, _FADT_X_DSDT = 276, 40, 109, 112, 140
+_BOOT_ARCH_LEGACY_DEVICES, _BOOT_ARCH_NO_VGA = 1 << 0, 1 << 2
+_WBINVD, _NO_POWER_BUTTON, _NO_SLEEP_BUTTON, _HW_REDUCED_ACPI = 1 << 0, 1 << 4, 1 << 5, 1 << 20
+_COM1_PORT, _COM1_PORTS = 0x3F8, 8
+_EISAID_PNP0501 = 0x0105_D041
 
 
 def build_acpi(arena: Arena) -> int:
     """Write the tables into ACPI reclaim memory; returns the address of the RSDP."""
     kind = EfiMemoryType.EfiACPIReclaimMemory
-    waet = arena.put(kind, _table(b"WAET", struct.pack("<I", _WAET_RTC_GOOD_TIMER_GOOD)))
-    xsdt = arena.put(kind, _table(b"XSDT", struct.pack("<Q", waet)))
+    dsdt = arena.put(kind, _table(b"DSDT", _serial_port(), revision=2))
+    bodies = {
+        b"FACP": (_fadt(dsdt), 6),
+        b"APIC": (_madt(), 5),
+        b"WAET": (struct.pack("<I", _WAET_RTC_GOOD_TIMER_GOOD), 1),
+    }
+    tables = [arena.put(kind, _table(signature, *body)) for signature, body in bodies.items()]
+    xsdt = arena.put(kind, _table(b"XSDT", struct.pack(f"<{len(tables)}Q", *tables)))
     rsdp = struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"UNACPT", 2, 0, 36, xsdt, 0)
     return arena.put(kind, _checksum(_checksum(rsdp, 8, _RSDP_V1_SIZE), 32, len(rsdp)))
 
 
-def _table(signature: bytes, body: bytes) -> bytes:
+def _madt() -> bytes:
+    """Processor 0; without PCAT_COMPAT in the flags, as there is no 8259."""
+    processor = struct.pack("<BBBBI", _MADT_LOCAL_APIC, 8, 0, 0, _MADT_ENABLED)
+    return struct.pack("<II", _LOCAL_APIC_ADDRESS, 0) + processor
+
+
+def _fadt(dsdt: int) -> bytes:
+    """Hardware-reduced ACPI: no registers at all, only the address of the DSDT."""
+    fadt = bytearray(_FADT_SIZE)
+    flags = _WBINVD | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _HW_REDUCED_ACPI
+    struct.pack_into("<I", fadt, _FADT_DSDT, dsdt)
+    struct.pack_into("<H", fadt, _FADT_BOOT_ARCH, _BOOT_ARCH_LEGACY_DEVICES | _BOOT_ARCH_NO_VGA)
+    struct.pack_into("<I", fadt, _FADT_FLAGS, flags)
+    struct.pack_into("<Q", fadt, _FADT_X_DSDT, dsdt)
+    return bytes(fadt[_HEADER_SIZE:])
+
+
+def _serial_port() -> bytes:
+    """AML of ``Scope (\\_SB) { Device (COM1) { _HID "PNP0501", _UID 0, _CRS: ports 0x3F8 to 0x3FF } }``."""
+    ports = struct.pack("<BBHHBB", 0x47, 1, _COM1_PORT, _COM1_PORT, 1, _COM1_PORTS) + b"\x79\0"
+    crs = b"\x11" + _package(b"\x0a" + bytes([len(ports)]) + ports)
+    names = b"\x08_HID\x0c" + struct.pack("<I", _EISAID_PNP0501) + b"\x08_UID\0" + b"\x08_CRS" + crs
+    return b"\x10" + _package(b"\\_SB_" + b"\x5b\x82" + _package(b"COM1" + names))
+
+
+def _package(body: bytes) -> bytes:
+    """``body`` behind its PkgLength of one byte, which counts itself."""
+    assert len(body) < 63
+    return bytes([len(body) + 1]) + body
+
+
+def _table(signature: bytes, body: bytes, revision: int = 1) -> bytes:
     """A table: the header of 36 bytes, and ``body``."""
-    header = struct.pack("<4sIBB6s8sI4sI", signature, 36 + len(body), 1, 0, b"UNACPT", b"UNACCEPT", 1, b"UNAC", 1)
+    size = _HEADER_SIZE + len(body)
+    header = struct.pack("<4sIBB6s8sI4sI", signature, size, revision, 0, b"UNACPT", b"UNACCEPT", 1, b"UNAC", 1)
     return _checksum(header + body, 9, len(header) + len(body))
 
 

@@ -28,9 +28,12 @@ _FAMILY_6_MODEL_94 = 0x000506E3
 _SSE3, _PCLMUL, _MWAIT, _SSSE3, _CX16, _SSE41, _SSE42, _MOVBE, _POPCNT, _AES, _RDRAND, _HYPERVISOR = (
     0, 1, 3, 9, 13, 19, 20, 22, 23, 25, 30, 31,
 )  # fmt: skip
-_FPU_TO_MSR, _PAE_TO_CX8 = range(6), range(6, 9)  # FPU VME DE PSE TSC MSR; PAE MCE CX8
+_X2APIC, _TSC_DEADLINE = 21, 24
+_FPU_TO_MSR, _PAE_TO_APIC = range(6), range(6, 10)  # FPU VME DE PSE TSC MSR; PAE MCE CX8 APIC
 _SEP_TO_PSE36, _CLFLUSH, _MMX_TO_SSE2 = (11, 12, 13, 14, 15, 16, 17), 19, (23, 24, 25, 26)
 TSC_HZ = 1_000_000_000
+CRYSTAL_HZ = TSC_HZ // 40
+"""What the local APIC's timer counts."""
 _USE_ECX = frozenset({7, 0x21})
 """Leaves of the table that look at ECX."""
 
@@ -55,8 +58,8 @@ def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
         (1, 0): (
             _FAMILY_6_MODEL_94,
             1 << 16 | 8 << 8,  # one logical processor, CLFLUSH of 64 bytes
-            _bits(_SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _MOVBE, _POPCNT, _RDRAND, _HYPERVISOR),
-            _bits(*_FPU_TO_MSR, *_PAE_TO_CX8, *_SEP_TO_PSE36, _CLFLUSH, *_MMX_TO_SSE2),
+            _bits(_SSE3, _SSSE3, _CX16, _SSE41, _SSE42, _X2APIC, _MOVBE, _POPCNT, _TSC_DEADLINE, _RDRAND, _HYPERVISOR),
+            _bits(*_FPU_TO_MSR, *_PAE_TO_APIC, *_SEP_TO_PSE36, _CLFLUSH, *_MMX_TO_SSE2),
         ),
         (7, 0): (
             0,
@@ -64,7 +67,7 @@ def td_cpuid(gpaw: int) -> dict[tuple[int, int], Leaf]:
             0,
             0,
         ),  # FSGSBASE SMEP ERMS RDSEED ADX SMAP CLFLUSHOPT; BMI needs VEX, which unicorn has only in part
-        (0x15, 0): (1, 40, TSC_HZ // 40, 0),  # TSC = crystal * 40
+        (0x15, 0): (1, TSC_HZ // CRYSTAL_HZ, CRYSTAL_HZ, 0),
         (0x21, 0): (0, _INTE, _BLANK, _LTDX),
         (0x8000_0000, 0): (0x8000_0008, 0, 0, 0),
         (0x8000_0001, 0): (0, 0, _bits(0, 5), _bits(11, 20, 26, 27, 29)),  # LAHF LZCNT; SYSCALL NX 1G RDTSCP LM

@@ -11,6 +11,7 @@ from typing import Protocol
 from guest.registers import Registers
 from tdx.cpuid import host_cpuid
 from tdx.leaves import SubFunction, VmCallStatus
+from tdx.msr import NATIVE_READS, NATIVE_WRITES, msr_is_native
 
 _MASK32 = (1 << 32) - 1
 _PORTS = 1 << 16
@@ -47,23 +48,50 @@ class NoPorts:
         pass
 
 
+class Apic(Protocol):
+    """The host's part of a vCPU's local APIC: its timer, and the registers that the processor does not virtualise."""
+
+    def rdmsr(self, index: int) -> int | None:
+        """Value of a register, None if it has no such register."""
+        ...
+
+    def wrmsr(self, index: int, value: int) -> bool:
+        """Write a register; False if it refuses."""
+        ...
+
+    def wait(self) -> None:
+        """Let time pass until an interrupt is there for the guest."""
+        ...
+
+
+class NoApic:
+    """No local APIC: HLT returns at once, a wake-up that nothing caused."""
+
+    def rdmsr(self, index: int) -> int | None:
+        return None
+
+    def wrmsr(self, index: int, value: int) -> bool:
+        return False
+
+    def wait(self) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class Instructions:
-    """A host's answers. ``msrs`` are the MSRs that it keeps for the guest, by index; it refuses all others."""
+    """A host's answers. ``msrs`` are the MSRs that it keeps for the guest, by index; ``apic`` has more or refuses."""
 
     ports: Ports = field(default_factory=NoPorts)
+    apic: Apic = field(default_factory=NoApic)
     msrs: dict[int, int] = field(default_factory=_KEPT_MSRS.copy)
 
     def answer(self, regs: Registers) -> VmCallStatus | None:
-        """Do the instruction that R11 names, with results in ``regs``: its status, None if R11 names none.
-
-        HLT returns at once: the guest sees a wake-up that nothing caused.
-        """
+        """Do the instruction that R11 names, with results in ``regs``: its status, None if R11 names none."""
         match regs.r11:
             case SubFunction.Instruction_CPUID:
                 return self._cpuid(regs)
             case SubFunction.Instruction_HLT:
-                return VmCallStatus.SUCCESS
+                return self._hlt(regs)
             case SubFunction.Instruction_IO:
                 return self._io(regs)
             case SubFunction.Instruction_RDMSR:
@@ -90,16 +118,26 @@ class Instructions:
             regs.r11 = self.ports.read(port, size) & mask
         return VmCallStatus.SUCCESS
 
+    def _hlt(self, regs: Registers) -> VmCallStatus:
+        """R12 tells that interrupts are blocked; then there is nothing to wait for."""
+        if not regs.r12:
+            self.apic.wait()
+        return VmCallStatus.SUCCESS
+
     def _rdmsr(self, regs: Registers) -> VmCallStatus:
-        if regs.r12 not in self.msrs:
+        if msr_is_native(regs.r12, NATIVE_READS):
             return VmCallStatus.INVALID_OPERAND
-        regs.r11 = self.msrs[regs.r12]
+        value = self.msrs[regs.r12] if regs.r12 in self.msrs else self.apic.rdmsr(regs.r12)
+        if value is None:
+            return VmCallStatus.INVALID_OPERAND
+        regs.r11 = value
         return VmCallStatus.SUCCESS
 
     def _wrmsr(self, regs: Registers) -> VmCallStatus:
-        if regs.r12 not in self.msrs:
+        if regs.r12 in self.msrs:
+            self.msrs[regs.r12] = regs.r13
+        elif msr_is_native(regs.r12, NATIVE_WRITES) or not self.apic.wrmsr(regs.r12, regs.r13):
             return VmCallStatus.INVALID_OPERAND
-        self.msrs[regs.r12] = regs.r13
         return VmCallStatus.SUCCESS
 
 

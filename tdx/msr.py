@@ -34,3 +34,8 @@ NATIVE_WRITES = _READ_WRITE
 """MSRs that WRMSR writes without #VE."""
 NATIVE_READS = _READ_WRITE + _READ_ONLY
 """MSRs that RDMSR reads without #VE."""
+
+
+def msr_is_native(index: int, ranges: tuple[range, ...]) -> bool:
+    """Whether ``ranges``, one of the two above, has the MSR. The host can then not do it: it does not see its value."""
+    return any(index in native for native in ranges)

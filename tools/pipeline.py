@@ -241,7 +241,7 @@ def _real_code(boot: Boot) -> RealCode:
         ve = VeConfig(**dict.fromkeys(config.ve, True))
         options = RunOptions(config.full, config.until, config.timeout, ve, seed=config.seed)
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
-        boot.host.instructions = Instructions(boot.real_code.devices)
+        boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
         boot.sept.on_revoke.append(boot.real_code.vcpu.forget)
     return boot.real_code
 

@@ -28,7 +28,7 @@ from tdx.instructions import Instructions
 from tdx.module import TdConfig
 from tools.record_stub import config_tables, map_rows
 from tools.recorded_firmware import start_firmware
-from tools.recorded_td import NO_MCE_MCA, RecordedTd
+from tools.recorded_td import NO_MCE_MCA_APIC, RecordedTd
 from tools.report import ACCEPT
 from tools.unaccepted_table import read_table
 
@@ -64,7 +64,7 @@ def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
 class _Run:
     def __init__(self, case: dict[str, Any], image: bytes) -> None:
         descriptors = [MemoryDescriptor(*fields) for fields in case["descs"]]
-        self._td = RecordedTd(descriptors, case["tdx_max_level"], hidden=NO_MCE_MCA, config=_CONFIG, tsc0=0)
+        self._td = RecordedTd(descriptors, case["tdx_max_level"], hidden=NO_MCE_MCA_APIC, config=_CONFIG, tsc0=0)
         self._td.add_memory([(0, SZ_1M)])  # where the kernel looks for tables of a BIOS
         machine = self._td.machine
         machine.trace.stage = _STUB

@@ -25,8 +25,8 @@ from tdx.vmm import Host
 
 _CPUID_FEATURES, _CPUID_FREQUENCY, _CPUID_TDX = 1, 0x16, 0x21
 _TSC_MHZ = TSC_HZ // 1_000_000
-NO_RDRAND, NO_MCE_MCA = (1 << 30, 0), (0, 1 << 7 | 1 << 14)
-"""Features to hide: bits of ECX and EDX of CPUID 1."""
+NO_RDRAND, NO_MCE_MCA_APIC = (1 << 30, 0), (1 << 21 | 1 << 24, 1 << 7 | 1 << 14 | 1 << 9)
+"""Features to hide: bits of ECX and EDX of CPUID 1. An APIC shows in three: as such, as x2APIC, by its TSC deadline."""
 _TSC_STEP = 1000
 _CONFIG = TdConfig()
 _TSC0 = 0x1234_5678_9ABC

@@ -248,7 +248,7 @@ def test_debian_kernel_with_ve(debian_kernel: Path) -> None:
     boot = Boot(BootConfig(bzimage, cmdline=REAL_KERNEL_CMDLINE, run="kernel"))
     boot.run("firmware")
     boot.real_code = RealCode(boot.machine, boot.physical, bzimage, RunOptions(until="Zone ranges:", ve=ALL))
-    boot.host.instructions = Instructions(boot.real_code.devices)
+    boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
     boot.run()
     events = [record.event for record in boot.trace.records]
     lines = [event.text for event in events if isinstance(event, Print)]

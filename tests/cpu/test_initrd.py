@@ -1,12 +1,13 @@
 import io
 import mmap
 import re
+import struct
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
 from cpu.binding import RAX, RDI, RDX, RSI, RSP, Engine
-from cpu.initrd import DONE, MEMINFO, START, CpioFile, build_initrd, cpio_newc
+from cpu.initrd import DONE, INTERRUPTS, MEMINFO, START, CpioFile, build_initrd, cpio_newc
 from guest.trace import Print
 from guest.units import SZ_1M, SZ_4G
 from tools.pipeline import Boot, BootConfig
@@ -19,6 +20,9 @@ NEWC_FIELDS = (
 
 SHORT_CUTS = "swiotlb=512 cryptomgr.notests initcall_blacklist=jent_mod_init"
 """What the kernel need not do here: clear a bounce buffer of 512 MiB, and test its ciphers and its entropy."""
+
+
+SLEEP_MS = 100
 
 
 def unpack_newc(archive):
@@ -39,8 +43,8 @@ def unpack_newc(archive):
     return entries
 
 
-def init_of(touches, size):
-    return next(e["data"] for e in unpack_newc(build_initrd(touches, size)) if e["name"] == "init")
+def init_of(touches, size, sleep_ms=0):
+    return next(e["data"] for e in unpack_newc(build_initrd(touches, size, sleep_ms)) if e["name"] == "init")
 
 
 def test_archive_can_be_unpacked():
@@ -80,6 +84,13 @@ def test_wrong_arguments(arguments):
         build_initrd(*arguments)
 
 
+@pytest.mark.parametrize("sleep_ms", [-1, 3_600_001])
+def test_a_sleep_out_of_range(sleep_ms):
+    """A sleep of less than nothing, or of more than an hour, is refused."""
+    with pytest.raises(ValueError, match="expected 0 to 3600000"):
+        build_initrd(1, SZ_1M, sleep_ms)
+
+
 def test_init_is_a_static_executable():
     """/init is an x86-64 executable of two read-only segments, entered inside its code."""
     elf = ELFFile(io.BytesIO(init_of(1, SZ_1M)))
@@ -96,6 +107,7 @@ class User:
 
     STACK, HEAP, SIZE = 0x1F_0000, 0x80_0000, 0x200_0000
     MEMINFO = b"MemTotal: 3 kB\nUnaccepted: 2 kB\n"
+    INTERRUPTS = b"CPU0\nLOC: 1\n"
 
     def __init__(self, executable):
         self.calls, self.messages = [], []
@@ -126,15 +138,20 @@ class User:
 
     def sys_2(self, regs):
         self.calls.append(f"open {self.text(regs[RDI])}")
-        return {"/dev/kmsg": 3, "/proc/meminfo": 4}[self.text(regs[RDI])]
+        return {"/dev/kmsg": 3, "/proc/meminfo": 4, "/proc/interrupts": 5}[self.text(regs[RDI])]
 
     def sys_3(self, regs):
         self.calls.append(f"close {regs[RDI]}")
 
     def sys_0(self, regs):
-        assert regs[RDI] == 4
-        self.memory[regs[RSI] : regs[RSI] + len(self.MEMINFO)] = self.MEMINFO
-        return len(self.MEMINFO)
+        text = {4: self.MEMINFO, 5: self.INTERRUPTS}[regs[RDI]]
+        self.memory[regs[RSI] : regs[RSI] + len(text)] = text
+        return len(text)
+
+    def sys_35(self, regs):
+        seconds, ns = struct.unpack_from("<QQ", self.memory, regs[RDI])
+        assert regs[RSI] == 0
+        self.calls.append(f"sleep {seconds} s {ns} ns")
 
     def sys_1(self, regs):
         assert regs[RDI] == 3
@@ -168,6 +185,15 @@ def test_init_says_what_it_does():
     ]  # fmt: skip
 
 
+def test_init_sleeps_between_two_looks_at_the_interrupts():
+    """If it is to sleep, /init logs /proc/interrupts, sleeps for that long, and logs it again."""
+    user = User(init_of(0, SZ_1M, 2100))
+    interrupts = [f"{INTERRUPTS}\n", "CPU0\n", "LOC: 1\n"]
+    assert user.messages[1:7] == [*interrupts, *interrupts]
+    ask = ["open /proc/interrupts", "close 5"]
+    assert user.calls[2:7] == [*ask, "sleep 2 s 100000000 ns", *ask]
+
+
 def test_init_touches_every_page():
     """One byte of each page of the memory is written, and nothing behind it."""
     user = User(init_of(3, 2 * SZ_1M))
@@ -177,11 +203,14 @@ def test_init_touches_every_page():
 
 
 def test_real_kernel_runs_init(debian_kernel):
-    """Debian's kernel comes to /init, and what it has not accepted gets less as /init touches memory."""
+    """Debian's kernel comes to /init, which sleeps while the timer interrupts; memory it touches gets accepted.
+
+    What the kernel says of its local APIC is sane: a TSC deadline timer, and nothing missing.
+    """
     config = BootConfig(
         debian_kernel.read_bytes(),
         memory=SZ_4G,
-        initrd=build_initrd(2, 320 * SZ_1M),
+        initrd=build_initrd(2, 320 * SZ_1M, SLEEP_MS),
         cmdline=f"nokaslr console=ttyS0 printk.devkmsg=on {SHORT_CUTS}",
         run="kernel",
         until=DONE,
@@ -197,3 +226,10 @@ def test_real_kernel_runs_init(debian_kernel):
     unaccepted = [int(line.split()[-2]) for line in lines if "Unaccepted: " in line]
     assert len(unaccepted) == 3
     assert 0 < unaccepted[2] < unaccepted[0] <= SZ_4G >> 10
+    at = [number for number, line in enumerate(lines) if INTERRUPTS in line]
+    before, after = (float(re.match(r"\[ *(.*?)\]", lines[number])[1]) for number in at)
+    assert SLEEP_MS / 1000 <= after - before < 2 * SLEEP_MS / 1000
+    timer = [int(line.split("LOC:")[1].split()[0]) for line in lines if "LOC:" in line]
+    assert 0 < timer[0] < timer[1] <= sum(boot.real_code.vcpu.interrupts.delivered.values())
+    assert any(line.endswith("TSC deadline timer available") for line in lines)
+    assert not any(text in line for line in lines for text in ("No local APIC", "Failed to register legacy timer"))

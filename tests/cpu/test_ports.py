@@ -39,3 +39,21 @@ def test_a_latch_keeps_what_is_written():
     assert devices.read(0x21, 1) == 0x80
     devices.write(0x21, 1, 0xFB)
     assert devices.read(0x21, 1) == 0xFB
+
+
+def test_the_uart_reports_its_empty_transmitter_once() -> None:
+    """With that interrupt enabled, IIR says so when it is enabled and after each byte, until it has been read."""
+    lines: list[str] = []
+    devices = Devices(lines.append)
+    thr, ier, iir = range(UART_BASE, UART_BASE + 3)
+    assert devices.read(iir, 1) == 1
+    devices.write(ier, 1, 2)
+    assert [devices.read(iir, 1) for _ in range(2)] == [2, 1]
+    for byte in b"a\n":
+        devices.write(thr, 1, byte)
+    devices.write(iir, 1, 1)
+    assert [devices.read(iir, 1) for _ in range(2)] == [0xC2, 0xC1]
+    assert lines == ["a"]
+    devices.write(ier, 1, 0)
+    devices.write(thr, 1, 0x0A)
+    assert devices.read(iir, 1) == 0xC1
