@@ -2,7 +2,8 @@
 
 The bitmap is compared with what the guest ever accepted, not with Secure EPT as it is now: a page that the host took
 away is the host's doing. Memory that is no RAM in the kernel's e820 table is lost, and no bit has to say so; what the
-guest made shared is not accepted either.
+guest made shared is not accepted either. Real code that was stopped within a stage may have accepted what its bit
+still denies: it accepts first, and clears the bit then.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_border(boot: Boot) -> None:
     silent = _without(_without(unaccepted, by_bitmap), boot.sanitizer.shared)
     for start, end in _without(silent, lost_memory(boot)) if silent else ():
         boot.sanitizer.report(AcceptanceRule.BIT_CLEAR, start, end, "bit clear, never accepted", "bit set")
-    for start, end in _without(by_bitmap, unaccepted):
+    stopped_within = boot.config.until is not None or boot.config.timeout is not None
+    for start, end in () if stopped_within else _without(by_bitmap, unaccepted):
         boot.sanitizer.report(AcceptanceRule.BIT_SET, start, end, "bit set, accepted", "bit clear")
 
 
