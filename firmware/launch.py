@@ -9,12 +9,14 @@ from collections.abc import Iterable
 
 from firmware.efi_types import EfiMemoryType
 from firmware.hob import Resource, ResourceType, build_hob_list
+from firmware.hob_lies import tell
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.tdvf import SectionType, Tdvf, TdvfSection
 from guest.errors import FormatError
 from guest.ranges import Range, RangeMap
 from guest.registers import Registers
 from guest.units import SZ_64K
+from tdx.faults import Rule
 from tdx.vmm import Host
 
 UNACCEPTED = ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED
@@ -22,11 +24,14 @@ SYSTEM = ResourceType.EFI_RESOURCE_SYSTEM_MEMORY
 _HOB_LIST_ROOM = SZ_64K
 
 
-def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers) -> list[Resource]:
+def launch_td(
+    host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers, faults: Iterable[Rule] = ()
+) -> list[Resource]:
     """Build the TD: add the sections' pages and the HOB list, and leave all other RAM to the host's policy.
 
     ``private`` are further ranges of RAM that are added, zeroed, as firmware of an earlier life would have left
-    them (a memory map that was brought along). RCX and R8 get the address of the HOB list. Returns the resources.
+    them (a memory map that was brought along). RCX and R8 get the address of the HOB list. Returns the resources as
+    the list has them: of ``faults``, those about HOBs make it untrue.
     """
     private = tuple(private)
     (hob,) = tdvf.of_type(SectionType.TD_HOB)
@@ -37,7 +42,7 @@ def launch_td(host: Host, tdvf: Tdvf, private: Iterable[Range], regs: Registers)
                 f"TDVF section {section.type.name}", at=section.address, found="no RAM there",
                 expected="RAM for the whole section", source="QEMU hw/i386/tdvf-hob.c",
             )  # fmt: skip
-    resources = _resources(host, in_ram, private)
+    resources = tell(_resources(host, in_ram, private), faults)
     regs.rcx = regs.r8 = hob.address
     for section in tdvf.sections:
         data = tdvf.data(section)

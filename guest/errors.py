@@ -2,7 +2,8 @@
 
 ``FormatError``  bytes from outside do not follow their layout or specification;
 ``MemoryFault``  the guest touched memory that it may not touch, and died of it;
-``GuestPanic``   the guest stopped with words of its own.
+``GuestPanic``   the guest stopped with words of its own;
+``Violation``    the guest broke a rule of the acceptance sanitizer, which stops it.
 
 Wrong use of our own functions is a plain ``ValueError``.
 """
@@ -48,4 +49,12 @@ class GuestPanic(BootError):
 
     def __init__(self, stage: str, text: str) -> None:
         self.stage, self.text = stage, text
+        super().__init__(f"{stage}: {text}")
+
+
+class Violation(BootError):
+    """The guest broke ``rule``; ``text`` says with which event, where, what was found and expected."""
+
+    def __init__(self, stage: str, rule: str, text: str) -> None:
+        self.stage, self.rule, self.text = stage, rule, text
         super().__init__(f"{stage}: {text}")

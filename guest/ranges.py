@@ -153,7 +153,9 @@ class RangeSet:
 
     def overlaps(self, start: int, end: int) -> bool:
         """True if some address of ``[start, end)`` is in the set."""
-        return next(self.within(start, end), None) is not None
+        _check(start, end)
+        _, stop, present = self._map.run_at(start)
+        return start < end and (present or stop < end)
 
     def total(self) -> int:
         """Number of addresses in the set."""

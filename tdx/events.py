@@ -70,3 +70,34 @@ class PageAdd(Event):
     start: int
     end: int
     what: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultInjected(Event):
+    """A fault of ``kind`` (faults.py) met the call that follows; ``gpa`` is its page, or the sub-function if none."""
+
+    kind: str
+    gpa: int
+
+    @property
+    def text(self) -> str:
+        """The fault in one line."""
+        return f"fault {self.kind} at {self.gpa:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding(Event):
+    """The guest broke ``rule`` (sanitizer.py) with event ``cause``: found and expected at ``[start, end)``."""
+
+    rule: str
+    cause: int
+    start: int
+    end: int
+    found: str
+    expected: str
+
+    @property
+    def text(self) -> str:
+        """The finding in one line, but for the stage, which its record has."""
+        where = f"{self.rule} at [{self.start:#x}, {self.end:#x})"
+        return f"event #{self.cause}: {where}: found {self.found}, expected {self.expected}"

@@ -16,7 +16,7 @@ Source: Intel TDX Module 1.5, TDG.MEM.PAGE.ACCEPT; src/td_dispatcher/vm_exits/td
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from guest.clock import CostTable, VirtualClock
 from guest.memory import PhysicalMemory
@@ -47,6 +47,9 @@ from tdx.status import (
 from tdx.td_exit import MAX_EXITS, EptViolation, unresolved
 from tdx.vmm import Host
 
+if TYPE_CHECKING:
+    from tdx.inject import Injector
+
 _INVALID = TDX_OPERAND_INVALID | OPERAND_ID_RCX
 _NAME = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
 
@@ -76,6 +79,8 @@ class PageAccept:
         self._exits = 0
         self._zero_already = 0
         self.interrupts: Interrupts | None = None
+        self.injector: Injector | None = None
+        """The faults that meet accepts, if any."""
         pages = (size // PAGE_SIZE for size in LEVEL_SIZE[: LEVEL_2M + 1])
         self._success_ns = [costs.tdcall + count * costs.zero_4k for count in pages]
 
@@ -83,7 +88,7 @@ class PageAccept:
         """One TDCALL in the common case, the next page behind those accepted; False, and nothing is done, in others."""
         rcx = regs.rcx
         level = rcx & 0xFFF
-        if level > LEVEL_2M or self.interrupts is not None:
+        if level > LEVEL_2M or self.interrupts is not None or self.injector is not None:
             return False
         gpa, size = rcx - level, LEVEL_SIZE[level]
         end = gpa + size
@@ -100,7 +105,10 @@ class PageAccept:
         rcx, level = regs.rcx, regs.rcx & 7
         if regs.rax != Leaf.TDG_MEM_PAGE_ACCEPT or (count > 1 and step not in LEVEL_SIZE[level : level + 1]):
             raise ValueError("a run of TDCALLs must be TDG.MEM.PAGE.ACCEPT of neighbouring pages")
-        done, status = self._accept(rcx, count)
+        if self.injector is None:
+            done, status = self._accept(rcx, count)
+        else:
+            done, status = self.injector.accept_run(self._accept, rcx, step, count)
         if status != TDX_SUCCESS:
             self._count(rcx + done * step, status, 1)
         regs.rax, regs.rcx = status, rcx + step * (done if status != TDX_SUCCESS else done - 1)

@@ -6,6 +6,8 @@ Sources: arch/x86/kvm/vmx/tdx.c (6.16); Intel Guest-Host Communication Interface
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 from guest.clock import CostTable, VirtualClock
 from guest.errors import GuestPanic, MemoryFault
@@ -22,6 +24,9 @@ from tdx.sept import LEVEL_2M, LEVEL_4K, LEVEL_SIZE, SecureEpt, SeptState
 from tdx.status import TDX_SUCCESS, status_name
 from tdx.td_exit import EptViolation
 from tdx.vmcall import VmCallPolicy, answer, sub_function_name
+
+if TYPE_CHECKING:
+    from tdx.inject import Injector
 
 _VCPU = 0
 """The one processor that runs the TD."""
@@ -55,6 +60,8 @@ class Host:
     seam: SeamCalls = field(init=False)
     shared_mapped: RangeSet = field(default_factory=RangeSet)
     """What of ``shared`` the host has in its shared EPT."""
+    injector: Injector | None = None
+    """The faults that meet TDG.VP.VMCALLs and TD exits, if any."""
 
     def __post_init__(self) -> None:
         self.seam = SeamCalls(self.physical, self.sept, self.trace, self.clock, self.costs, self.shared_mask)
@@ -102,7 +109,9 @@ class Host:
         If nothing changes, the guest's instruction faults again. An address that is no RAM ends the guest.
         """
         self.seam.tracking.leave(_VCPU)
-        if exit.entry.state is SeptState.FREE:
+        if self.injector is not None and self.injector.keeps(exit):
+            self._exits(round_down(exit.gpa, PAGE_SIZE), LEVEL_4K, 1)
+        elif exit.entry.state is SeptState.FREE:
             self._back(exit, count)
         elif exit.entry.state is SeptState.PENDING:
             self._demote(exit)
@@ -192,7 +201,10 @@ class Host:
         r12, r13, standard = regs.r12, regs.r13, regs.r10 == 0
         name = sub_function_name(regs)
         end = last_words(regs) if standard else None
-        regs.r10 = answer(self, regs)
+        if self.injector is None:
+            regs.r10 = answer(self, regs)
+        else:
+            regs.r10 = self.injector.vmcall(partial(answer, self), regs)
         self.clock.advance(self.costs.tdvmcall)
         self.trace.add(TdVmCall(name, r12, r13, int(regs.r10)))
         if end is not None:

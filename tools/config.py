@@ -1,13 +1,13 @@
 """What a boot can be told: the same options on the command line and in a TOML file.
 
 ``--config FILE.toml`` gives defaults; what stands on the command line wins. A key of the file is the option
-without its dashes (``host-page-size = "4K"``); an unknown key is refused.
+without its dashes (``host-page-size = "4K"``), an option that can be repeated is an array; an unknown key is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1G, SZ_2M, SZ_16M, memparse
 from tdx.backing import MIXED
-from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig
+from tdx.faults import KINDS, Rule, parse_rule
+from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig, stages_of
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
@@ -26,19 +27,25 @@ _MAX_SEED = (1 << 64) - 1
 _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
+_MAX_FAULTS = 1024
+_SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
 _HOST_BACKING = {"demand": False, "ahead": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option: its name, what its value is called, its help, the field of ``BootConfig`` and how to read it."""
+    """An option: its name, what its value is called, its help, the field of ``BootConfig`` and how to read it.
+
+    If it can be given more than once (``many``), ``read`` gets all its values. Options of one field add up.
+    """
 
     name: str
     metavar: str
     help: str
     field: str
-    read: Callable[[str], Any]
+    read: Callable[[Any], Any]
+    many: bool = False
 
 
 def file_path(path: str) -> Path:
@@ -179,6 +186,19 @@ def _script(path: str) -> Any:
     return tuple(parse_script(read_text(path), path))
 
 
+def _faults(texts: Iterable[str]) -> tuple[Rule, ...]:
+    rules = tuple(map(parse_rule, texts))
+    if len(rules) > _MAX_FAULTS:
+        raise FormatError("--fault", found=f"{len(rules)} faults", expected=f"at most {_MAX_FAULTS}", source=_SOURCE)
+    return rules
+
+
+def _fault_script(path: str) -> tuple[Rule, ...]:
+    """One rule a line; ``#`` starts a comment."""
+    lines = (line.split("#")[0].strip() for line in read_text(path).splitlines())
+    return _faults([line for line in lines if line])
+
+
 MAP_OPTIONS = (
     Option(
         "unaccepted-from", "ADDRESS", "of a map: conventional memory from there on is unaccepted",
@@ -212,6 +232,17 @@ OPTIONS = (
     Option("seed", "N", "seed of RDRAND and of the start of the TSC (default 0)", "seed", _seed),
     Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
+    Option(
+        "fault", "KIND[:ARG][@WHEN,...]",
+        f"a fault of the host, can be repeated; KIND: {', '.join(KINDS)}; WHEN: accept=N, mapgpa=N, tdvmcall=N, "
+        "gpa=A-B, stage=NAME, p=P, seed=S, n=TIMES",
+        "faults", _faults, many=True,
+    ),
+    Option("fault-script", "FILE", "faults, one a line", "faults", _fault_script),
+    Option(
+        "sanitize", "MODE", "a finding of the acceptance sanitizer ends the boot (error), is told (warn, default), off",
+        "sanitize", _choice("--sanitize", {mode: mode for mode in _SANITIZE}),
+    ),
 )  # fmt: skip
 
 
@@ -219,7 +250,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` every option of a boot, and ``--config``."""
     group = parser.add_argument_group("the guest")
     for option in OPTIONS:
-        group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
+        action = "append" if option.many else "store"
+        group.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, action=action)
     group.add_argument(
         "--full", action="store_true", help="with --run: run decompression and large memset() too, do not answer them"
     )  # fmt: skip
@@ -234,7 +266,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     for name in ("memory", "machine"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
-    fields = {option.field: option.read(texts[option.name]) for option in OPTIONS if option.name in texts}
+    fields = _read_options(texts)
     _read_map(fields)
     if "run" in fields:
         _check_run(fields)
@@ -243,7 +275,28 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
         from bootstub.sample_kernel import sample_bzimage
 
         fields["kernel"] = sample_bzimage()
-    return BootConfig(**fields)
+    config = BootConfig(**fields)
+    _check_stages(config)
+    return config
+
+
+def _read_options(texts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of what was given, by their names."""
+    fields: dict[str, Any] = {}
+    for option in OPTIONS:
+        if option.name in texts:
+            value = option.read(texts[option.name])
+            fields[option.field] = fields[option.field] + value if option.field in fields else value
+    return fields
+
+
+def _check_stages(config: BootConfig) -> None:
+    """A fault that waits for a stage waits for one of this boot."""
+    stages = stages_of(config)
+    for rule in config.faults:
+        if rule.stage is not None and rule.stage not in stages:
+            expected = ", ".join(stages)
+            raise FormatError(f"fault {str(rule)!r}", found=f"stage={rule.stage}", expected=expected, source=_SOURCE)
 
 
 def _read_map(fields: dict[str, Any]) -> None:
@@ -274,7 +327,7 @@ def _check_run(fields: dict[str, Any]) -> None:
         )
 
 
-def _from_toml(path: str) -> dict[str, str]:
+def _from_toml(path: str) -> dict[str, Any]:
     """Option texts by name from a TOML file."""
     import tomllib
 
@@ -282,10 +335,13 @@ def _from_toml(path: str) -> dict[str, str]:
         data = tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # ValueError also for a number that Python will not read
         raise FormatError(path, found=str(error), expected="TOML", source="toml.io") from error
-    known = {option.name for option in OPTIONS}
+    known = {option.name: option for option in OPTIONS}
     for key, value in data.items():
         if key not in known:
             raise FormatError(path, found=f"key {key!r}", expected=", ".join(sorted(known)), source=_SOURCE)
-        if not isinstance(value, str):
-            raise FormatError(f"{path}, {key}", found=type(value).__name__, expected="a string", source=_SOURCE)
+        many = known[key].many
+        strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not (strings if many else isinstance(value, str)):
+            expected = "an array of strings" if many else "a string"
+            raise FormatError(f"{path}, {key}", found=type(value).__name__, expected=expected, source=_SOURCE)
     return data

@@ -24,6 +24,7 @@ from firmware.platform_init import firmware
 from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
 from guest.clock import CostTable, VirtualClock
+from guest.errors import MemoryFault
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
@@ -36,9 +37,13 @@ from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
 from tdx.backing import Backing
+from tdx.faults import Rule
+from tdx.inject import Injector
 from tdx.module import TdConfig, TdxModule
+from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host, MachineType
+from tools.border import check_border
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -62,7 +67,8 @@ class BootConfig:
     with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
-    is random in real code.
+    is random in real code. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
+    does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
     """
 
     kernel: bytes
@@ -80,6 +86,8 @@ class BootConfig:
     until: str | None = None
     timeout: int | None = None
     ve: tuple[str, ...] = ()
+    faults: tuple[Rule, ...] = ()
+    sanitize: str = "warn"
     seed: int = 0
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
@@ -103,6 +111,11 @@ class Boot:
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
         self.machine = Machine.build(self.physical, module, self.trace, self.clock, config.seed)
         self.sept.on_revoke.append(lambda start, end: self.machine.memory.flush())
+        if config.faults:
+            Injector(config.faults, module.page_accept, self.host, self.trace)
+        self.sanitizer: Sanitizer | None = None
+        if config.sanitize != "off":
+            self.sanitizer = Sanitizer(self.trace, ram, td.shared_mask, config.sanitize == "error")
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
         self.progress: Callable[[int], None] = lambda count: None
@@ -129,7 +142,13 @@ class Boot:
             raise ValueError("step: the boot is over")
         self.trace.stage = name
         self.trace.add(StageBegin())
-        self.stages[name](self)
+        try:
+            self.stages[name](self)
+        except MemoryFault as fault:
+            if self.sanitizer is not None:
+                self.sanitizer.fault(fault)
+            raise
+        check_border(self)
         self.trace.add(StageEnd())
         self.done.append(name)
         return name
@@ -170,7 +189,7 @@ def _host(boot: Boot) -> None:
     if config.efi_map is not None:
         private = _accepted(config.efi_map)
         tdvf = sections_for_map(config.efi_map) if tdvf is BUILT_IN else tdvf
-    launch_td(boot.host, tdvf, private, boot.machine.regs)
+    launch_td(boot.host, tdvf, private, boot.machine.regs, config.faults)
 
 
 def _firmware(boot: Boot) -> None:

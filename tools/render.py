@@ -13,7 +13,7 @@ from bootstub.events import KernelPlaced
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
-from tdx.events import AcceptInterrupted, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
+from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
 from tools.pipeline import KERNEL_STAGES
@@ -27,8 +27,8 @@ _AUG = SeamLeaf.TDH_MEM_PAGE_AUG.spec_name
 def event_text(event: Event) -> str:
     """One event in one line, in the words of the specification it belongs to."""
     match event:
-        case Print(text) | Note(text):
-            return text
+        case Print() | Note() | FaultInjected() | Finding():
+            return event.text
         case ServiceCall(service, args, status):
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
         case KernelPlaced(physical, virtual, segments):

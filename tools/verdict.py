@@ -5,6 +5,8 @@ The guest keeps its own record of unaccepted memory in a bitmap; the TDX module 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bootstub.boot_params import BOOT_PARAMS, e820_table_of, parse_e820_table
 from bootstub.e820_types import E820_TYPE_RAM
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
@@ -15,14 +17,17 @@ from guest.bitmap import GuestBitmap
 from guest.ranges import TOP, RangeSet
 from guest.records import RecordCopy
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
-from tools.pipeline import Boot
+from tdx.events import Finding
+
+if TYPE_CHECKING:
+    from tools.pipeline import Boot
 
 
 def verdict_lines(boot: Boot) -> list[str]:
-    """A line for each thing worth knowing; none before the boot stub ran."""
+    """A line for each thing worth knowing: what the sanitizer found, and how the boot stub's record stands."""
+    lines = finding_lines(boot)
     if boot.boot_params is None:
-        return []
-    lines = []
+        return lines
     lost = lost_memory(boot)
     if lost:
         lines.append(f"lost: {lost.total() >> 10} KiB of unaccepted memory are not in the kernel's e820 table")
@@ -35,6 +40,12 @@ def verdict_lines(boot: Boot) -> list[str]:
         for start, end in one:
             lines += [f"disagree: [{a:#x}, {b:#x}) only {text}" for a, b in other.gaps(start, end)]
     return lines
+
+
+def finding_lines(boot: Boot) -> list[str]:
+    """What the sanitizer found, a line each: stage, event number, rule, address, states."""
+    records = boot.sanitizer.findings if boot.sanitizer is not None else []
+    return [f"finding: {r.stage}: {r.event.text}" for r in records if isinstance(r.event, Finding)]
 
 
 def lost_memory(boot: Boot) -> RangeSet:

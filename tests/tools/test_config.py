@@ -126,6 +126,42 @@ def test_random_toml(tmp_path: Path, text):
         configured("--config", str(toml))
 
 
+def test_faults_from_everywhere(file):
+    """Faults of the command line come together with those of a script; in TOML they are an array."""
+    script = file("faults", "# the host\nbusy@accept=3  # once\n\nreplay@gpa=4G-5G\n")
+    config = configured("--fault", "hob-less", "--fault", "block", "--fault-script", str(script))
+    assert list(map(str, config.faults)) == ["hob-less", "block", "busy@accept=3", "replay@gpa=4G-5G"]
+    toml = file("boot.toml", 'fault = ["busy@accept=3", "block"]\nsanitize = "error"\n')
+    config = configured("--config", str(toml))
+    assert list(map(str, config.faults)) == ["busy@accept=3", "block"]
+    assert config.sanitize == "error"
+    assert list(map(str, configured("--config", str(toml), "--fault", "remove").faults)) == ["remove"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--fault", "bussy"), "kind 'bussy'"),
+        (("--fault", "busy@stage=grub"), "stage=grub"),
+        (("--fault-script", "FILE"), "kind 'no rule'"),
+        (("--sanitize", "maybe"), "'maybe'"),
+        (("--config", "TOML"), "str"),
+    ],
+)
+def test_faults_that_are_none(file, words, found):
+    """A rule, a stage, a mode or a type that is none is refused in one line."""
+    names = {"FILE": file("faults", "no rule\n"), "TOML": file("boot.toml", 'fault = "busy"')}
+    with pytest.raises(FormatError) as caught:
+        configured(*(str(names.get(word, word)) for word in words))
+    assert caught.value.found == found
+
+
+def test_too_many_faults(file):
+    """A script of more than 1024 faults is refused."""
+    with pytest.raises(FormatError, match="1025 faults"):
+        configured("--fault-script", str(file("faults", "busy\n" * 1025)))
+
+
 @pytest.mark.parametrize(
     "text", ["-1", "", "1.5", "seven", "18446744073709551616", "\u0663", "9" * 5000], ids=lambda t: t[:8]
 )
