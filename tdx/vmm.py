@@ -15,7 +15,7 @@ from guest.memory import PhysicalMemory
 from guest.ranges import Range, RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, SZ_4G, round_down, round_up
+from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, round_down, round_up
 from tdx.backing import Backing
 from tdx.events import PageAdd, TdExit, TdVmCall
 from tdx.instructions import Instructions, last_words
@@ -218,39 +218,3 @@ class Host:
     def _exits(self, gpa: int, level: int, count: int) -> None:
         self.clock.advance(count * self.costs.td_exit)
         self.trace.add_later(TdExit, gpa, level, count)
-
-
-@dataclass(frozen=True, slots=True)
-class MachineType:
-    """QEMU's machine types, as far as memory goes: ``q35`` or ``pc``, and ``max-ram-below-4g`` in bytes."""
-
-    name: str = "q35"
-    max_ram_below_4g: int | None = None
-
-    def ram(self, memory: int) -> RangeSet:
-        """Guest physical RAM of the machine with ``memory`` bytes; what does not lie low starts at 4 GiB."""
-        low = _LOW_RAM[self.name](memory, self.max_ram_below_4g)
-        if memory < low:
-            return RangeSet([(0, memory)])
-        return RangeSet([(0, low), (SZ_4G, SZ_4G + memory - low)])
-
-
-def q35_ram(memory: int) -> RangeSet:
-    """Guest physical RAM of a q35 machine with ``memory`` bytes and no further option."""
-    return MachineType().ram(memory)
-
-
-def _q35_low_ram(memory: int, limit: int | None) -> int:
-    """2816 MiB, where configuration space begins; 2 GiB if that is not enough (hw/i386/pc_q35.c, pc_q35_init())."""
-    low = 0x8000_0000 if memory >= 0xB000_0000 else 0xB000_0000
-    return min(low, SZ_4G if limit is None else limit)
-
-
-def _pc_low_ram(memory: int, limit: int | None) -> int:
-    """3.5 GiB; a whole number of GiB, 3 at most, if that is not enough (hw/i386/pc_piix.c, pc_init1())."""
-    low = 0xE000_0000 if limit is None else limit
-    return min(low, 0xC000_0000) if memory >= low else low
-
-
-_LOW_RAM = {"q35": _q35_low_ram, "pc": _pc_low_ram}
-MACHINE_NAMES = tuple(_LOW_RAM)

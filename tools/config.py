@@ -82,7 +82,7 @@ def parse_memory(text: str) -> int:
 
 def parse_machine(text: str) -> Any:
     """A machine in QEMU's words: ``q35``, or ``pc,max-ram-below-4g=3G``."""
-    from tdx.vmm import MACHINE_NAMES, MachineType
+    from tdx.machine_type import MACHINE_NAMES, MachineType
 
     name, comma, option = text.partition(",")
     key, _, value = option.partition("=")

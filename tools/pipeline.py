@@ -39,10 +39,11 @@ from kernel.setup_arch import setup_arch
 from tdx.backing import Backing
 from tdx.faults import Rule
 from tdx.inject import Injector
+from tdx.machine_type import MachineType
 from tdx.module import TdConfig, TdxModule
 from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
-from tdx.vmm import Host, MachineType
+from tdx.vmm import Host
 from tools.border import check_border
 
 if TYPE_CHECKING:  # unicorn is an extra

@@ -26,9 +26,10 @@ from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
 from guest.trace import Print, Trace
 from tdx.events import TdCall
+from tdx.machine_type import MachineType
 from tdx.module import TdConfig, TdxModule
 from tdx.sept import SecureEpt
-from tdx.vmm import Host, q35_ram
+from tdx.vmm import Host
 
 SCRATCH = 0x10_0000
 """Conventional memory that no test allocates: room for arguments."""
@@ -56,7 +57,7 @@ def build_lab(ram: RangeSet | int, *, page_level: int = 1, running: bool = False
     physical, sept, clock, costs = PhysicalMemory(), SecureEpt(), VirtualClock(), CostTable()
     trace = Trace(clock)
     trace.stage = "firmware"
-    ram = q35_ram(ram) if isinstance(ram, int) else ram
+    ram = MachineType().ram(ram) if isinstance(ram, int) else ram
     host = Host(physical, sept, trace, clock, costs, ram, page_level)
     if running:
         host.finalize()

@@ -14,7 +14,7 @@ from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from guest.errors import FormatError, GuestPanic, MemoryFault
 from guest.ranges import Range, RangeSet
-from tdx.vmm import q35_ram
+from tdx.machine_type import MachineType
 
 SZ_2G, SZ_4G = 1 << 31, 1 << 32
 SECTIONS = [(0x800, 0x1000, 0x800, b"k" * 0x800)]
@@ -66,7 +66,7 @@ def test_the_map_covers_all_ram_once(make_lab, pe_image, memory):
     machine = boot(lab, pe_image(SECTIONS))
     found = memory_map_of(machine)
     check_map(found, "GetMemoryMap")
-    ram = q35_ram(memory)
+    ram = MachineType().ram(memory)
     high = [MemoryDescriptor(15, part.start, part.size >> 12, 0) for part in ram.within(SZ_4G, 1 << 52)]
     assert [d for d in found if d.type == 15] == found[len(found) - len(high) :] == high
     low = RangeSet(ram.within(0, SZ_4G))

@@ -7,9 +7,9 @@ import pytest
 from guest.errors import MemoryFault
 from guest.registers import Registers
 from tdx.events import PageAdd, SeamCall, TdExit, TdVmCall
+from tdx.machine_type import MachineType
 from tdx.sept import SeptEntry, SeptState
 from tdx.td_exit import EptViolation
-from tdx.vmm import MachineType, q35_ram
 
 SHARED = 1 << 51
 INVALID_OPERAND = 0x8000_0000_0000_0000
@@ -174,7 +174,7 @@ def test_demote_splits_the_page_that_was_hit(td):
 )
 def test_q35_splits_ram_at_2816_mib(memory, ranges):
     """Up to 2816 MiB all RAM is low; from there on 2 GiB are, and the rest starts at 4 GiB."""
-    found = q35_ram(memory)
+    found = MachineType().ram(memory)
     assert list(found) == ranges
     assert found.total() == memory
 
