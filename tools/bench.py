@@ -99,8 +99,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each set-up, after one that is not")
     runs = parser.parse_args().runs
-    bench_accepts(runs)
-    print()
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in SETUPS}
     with tempfile.TemporaryDirectory() as directory:
         many = Path(directory) / "map.json"
@@ -125,6 +123,8 @@ def main() -> None:
         rows.append(row)
     headers = ["boot of", "process, min", "median", "boot alone, min", "median", f"ratio to {first}", "peak memory"]
     print_table(headers, rows)
+    print()
+    bench_accepts(runs)  # last: a process that it made large would begin its children large
 
 
 if __name__ == "__main__":
