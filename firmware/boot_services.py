@@ -27,7 +27,7 @@ from firmware.memory_descriptor import (
     pack_map,
 )
 from firmware.memory_map import MemoryMap
-from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES, seal
+from firmware.tables import BOOT_SERVICES, EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES, seal
 from firmware.virtual_map import VirtualMap, move_runtime_services
 from guest.gates import CallGate
 from guest.machine import Machine
@@ -42,6 +42,7 @@ _ALLOCATABLE = frozenset(EfiMemoryType) - {
     EfiMemoryType.EfiPersistentMemory,
     EfiMemoryType.EfiUnacceptedMemoryType,
 }
+_GONE_AFTER_A_FAILED_EXIT = frozenset(name for name, _ in BOOT_SERVICES) - {"GetMemoryMap", "ExitBootServices", "Exit"}
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class EfiServices:
     system_table: int = 0
     protocols: dict[int, dict[bytes, int]] = field(default_factory=dict)
     exited: bool = False
+    exit_failed: bool = False
     is_virtual: bool = False
     """The runtime services were told their virtual addresses."""
     top: int = PHYSICAL_ADDRESS_END
@@ -85,11 +87,16 @@ class EfiServices:
         self.protocols.setdefault(handle, {})[guid_bytes(guid)] = interface
 
     def _guarded(self, name: str, code: EfiMemoryType, handler: Callable[..., int] | None) -> Callable[..., int]:
-        """``handler``, refusing to run after ExitBootServices() if it is a boot service."""
+        """``handler``, refusing to run after ExitBootServices() if it is a boot service.
+
+        A failed call ends most of them too: the firmware may have shut down in part (UEFI 2.10, section 7.4.6).
+        """
 
         def answer(*args: int) -> int:
             if self.exited and code == EfiMemoryType.EfiBootServicesCode:
                 raise self.machine.panic(f"boot service {name} called after ExitBootServices")
+            if self.exit_failed and name in _GONE_AFTER_A_FAILED_EXIT:
+                raise self.machine.panic(f"boot service {name} called after ExitBootServices failed")
             return EfiStatus.EFI_UNSUPPORTED if handler is None else handler(*args)
 
         return answer
@@ -235,8 +242,12 @@ class EfiServices:
         return EfiStatus.EFI_SUCCESS
 
     def exit_boot_services(self, image: int, key: int) -> int:
-        """ExitBootServices(): EFI_INVALID_PARAMETER if the map changed since ``key`` was handed out."""
+        """ExitBootServices(): EFI_INVALID_PARAMETER if the map changed since ``key`` was handed out.
+
+        After that the image may ask for the map and try again, or give up, and nothing else.
+        """
         if key != self.memory_map.key:
+            self.exit_failed = True
             return EfiStatus.EFI_INVALID_PARAMETER
         self.exited = True
         return EfiStatus.EFI_SUCCESS

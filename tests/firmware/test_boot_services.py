@@ -234,6 +234,15 @@ def test_a_stale_key_does_not_exit(efi):
     assert efi.call("ExitBootServices", 0, fresh) == SUCCESS
 
 
+def test_after_a_failed_exit_only_map_and_exit_are_left(efi):
+    """Once ExitBootServices() failed, another boot service kills the guest; the map, and another try, do not."""
+    assert efi.call("ExitBootServices", 0, efi.key() + 1) == INVALID_PARAMETER
+    with pytest.raises(GuestPanic) as died:
+        efi.call("AllocatePool", LOADER_DATA, 1, SCRATCH)
+    assert died.value.text == "boot service AllocatePool called after ExitBootServices failed"
+    assert efi.call("ExitBootServices", 0, efi.key()) == SUCCESS
+
+
 def test_the_key_survives_what_changes_no_map(efi):
     """Reading the map, refused calls and configuration tables leave the key as it is."""
     key = efi.key()
