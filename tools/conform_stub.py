@@ -46,7 +46,11 @@ def run_case(case: dict[str, Any], image: bytes, ours: bool = False) -> list[str
         raise
     if run["input_map"] != case["input_map"]:
         raise LeftOut("the memory map at the image's entry is not the recorded one")
-    recorded = case["out"]
+    return differences(run, case["out"], ours)
+
+
+def differences(run: dict[str, Any], recorded: dict[str, Any], ours: bool) -> list[str]:
+    """The differences between two runs, one line each; with ``ours``, ``run`` is one of our stub."""
     if ours:
         run, recorded = (_without_processor(out) for out in (run, recorded))
     return list(_differences(run, recorded))
