@@ -5,7 +5,7 @@ Sources: PI 1.8 volume 3, HOB definitions; QEMU hw/i386/tdvf-hob.c for what a ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -63,6 +63,22 @@ class Resource:
     type: int
     start: int
     end: int
+    attributes: int = RESOURCE_ATTRIBUTES
+
+
+@dataclass(frozen=True, slots=True)
+class Hob:
+    """One HOB of a list: its address, type and length. Its bytes are read when somebody asks."""
+
+    at: int
+    type: int
+    length: int
+    read: Callable[[int, int], bytes]
+
+    @property
+    def data(self) -> bytes:
+        """All bytes of the HOB, header included."""
+        return self.read(self.at, self.length)
 
 
 def build_hob_list(gpa: int, resources: Iterable[Resource]) -> bytes:
@@ -73,7 +89,7 @@ def build_hob_list(gpa: int, resources: Iterable[Resource]) -> bytes:
                 "Header": _header(EFI_HOB_TYPE_RESOURCE_DESCRIPTOR, _RESOURCE.sizeof()),
                 "Owner": bytes(16),
                 "ResourceType": resource.type,
-                "ResourceAttribute": RESOURCE_ATTRIBUTES,
+                "ResourceAttribute": resource.attributes,
                 "PhysicalStart": resource.start,
                 "ResourceLength": resource.end - resource.start,
             }
@@ -98,21 +114,36 @@ def build_hob_list(gpa: int, resources: Iterable[Resource]) -> bytes:
 
 def read_hob_list(memory: GuestMemory, gpa: int) -> list[Resource]:
     """The resource descriptors of the HOB list at ``gpa``, checked: the list comes from an untrusted host."""
+    hobs = walk_hobs(memory.read, gpa)
+    return [resource_of(hob) for hob in hobs if hob.type == EFI_HOB_TYPE_RESOURCE_DESCRIPTOR]
+
+
+def walk_hobs(read: Callable[[int, int], bytes], gpa: int) -> Iterator[Hob]:
+    """Every HOB of the list at ``gpa``, from the handoff to the end; ``read`` gives bytes. Raises ``FormatError``."""
     at = gpa
-    resources: list[Resource] = []
     for _ in range(_MAX_HOBS):
-        header = parse(_HEADER, "HOB", memory.read(at, _HEADER.sizeof()), at=at, source=_SOURCE)
+        header = parse(_HEADER, "HOB", read(at, _HEADER.sizeof()), at=at, source=_SOURCE)
         kind, length = header.HobType, header.HobLength
         if length < _HEADER.sizeof() or length % 8:
             raise FormatError("HOB length", at=at + 2, found=length, expected="8 or more, by 8", source=_SOURCE)
         if at == gpa and kind != EFI_HOB_TYPE_HANDOFF:
             raise FormatError("first HOB", at=at, found=kind, expected="handoff (1)", source=_SOURCE)
+        yield Hob(at, kind, length, read)
         if kind == EFI_HOB_TYPE_END_OF_HOB_LIST:
-            return resources
-        if kind == EFI_HOB_TYPE_RESOURCE_DESCRIPTOR:
-            resources.append(_resource(memory.read(at, length), at))
+            return
         at += length
     raise FormatError("HOB list", at=gpa, found=f"no end in {_MAX_HOBS} HOBs", expected="an end HOB", source=_SOURCE)
+
+
+def handoff_of(hob: Hob) -> tuple[int, int, int]:
+    """Version, boot mode and end of the list, as the handoff HOB has them. Raises ``FormatError``."""
+    raw = parse(_HANDOFF, "handoff HOB", hob.data, at=hob.at, source=_SOURCE)
+    return raw.Version, raw.BootMode, raw.EfiEndOfHobList
+
+
+def resource_of(hob: Hob) -> Resource:
+    """The memory of a resource descriptor HOB. Raises ``FormatError``."""
+    return _resource(hob.data, hob.at)
 
 
 def _resource(data: bytes, at: int) -> Resource:
@@ -121,7 +152,7 @@ def _resource(data: bytes, at: int) -> Resource:
     if start % PAGE_SIZE or end % PAGE_SIZE or end > PHYSICAL_ADDRESS_END:
         found = f"[{start:#x}, {end:#x})"
         raise FormatError("resource HOB", at=at, found=found, expected="whole pages below 2^52", source=_SOURCE)
-    return Resource(raw.ResourceType, start, end)
+    return Resource(raw.ResourceType, start, end, raw.ResourceAttribute)
 
 
 def _header(kind: int, length: int) -> dict[str, int]:

@@ -8,23 +8,28 @@ Firmware Design Guide; QEMU hw/i386/tdvf.c for what a host refuses.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
-from uuid import UUID
 
 import construct as c
 
+from firmware.guid_table import (
+    FROM_END,
+    TABLE_FOOTER_GUID,
+    TDX_METADATA_OFFSET_GUID,
+    GuidTable,
+    metadata_at,
+    read_guid_table,
+)
 from guest.errors import FormatError
 from guest.records import offsets, parse
 from guest.units import PAGE_SIZE, SZ_4G
+from tdx.measurement import Measurement
 
-TABLE_FOOTER_GUID = UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
-TDX_METADATA_OFFSET_GUID = UUID("e47a6535-984a-4798-865e-4685a7bf8ec2")
 ATTRIBUTE_MR_EXTEND = 1 << 0
-_FOOTER_FROM_END = 0x20
-_ENTRY_TRAILER = 18  # u16 length, 16 bytes GUID
+ATTRIBUTE_PAGE_AUG = 1 << 1
+_SIGNATURE = b"TDVF"
 _MAX_SECTIONS = 64
 _SOURCE = "TDVF design guide, 11; QEMU hw/i386/tdvf.c"
 
@@ -52,6 +57,23 @@ class SectionType(IntEnum):
     """Where the host puts the HOB list."""
     TempMem = 3
     """Zeroed memory for the firmware's first steps."""
+    PermMem = 4
+    """Memory that the host does not add, and the firmware accepts."""
+    Payload = 5
+    """What the firmware starts, such as a kernel."""
+    PayloadParam = 6
+    """The payload's parameters, such as a command line."""
+    TD_INFO = 7
+    """Facts about the firmware, in the image alone."""
+    TD_PARAMS = 8
+    """Parameters for TDH.MNG.INIT, in the image alone."""
+
+
+HOST_TYPES = frozenset((SectionType.BFV, SectionType.CFV, SectionType.TD_HOB, SectionType.TempMem))
+"""The types that QEMU knows; it refuses an image with another one."""
+_NOT_MEMORY = (SectionType.TD_INFO, SectionType.TD_PARAMS)
+_WITH_DATA = (SectionType.BFV, SectionType.CFV)
+_WITHOUT_DATA = (SectionType.TD_HOB, SectionType.TempMem, SectionType.PermMem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +96,23 @@ class TdvfSection:
         """Whether its contents go into MRTD (attribute MR.EXTEND)."""
         return bool(self.attributes & ATTRIBUTE_MR_EXTEND)
 
+    @property
+    def is_added(self) -> bool:
+        """Whether the host adds its pages: not those that are accepted later (attribute PAGE.AUG)."""
+        return self.type not in _NOT_MEMORY and not self.attributes & ATTRIBUTE_PAGE_AUG
+
 
 @dataclass(frozen=True, slots=True)
 class Tdvf:
-    """A firmware image and its sections, in the order of the metadata."""
+    """A firmware image, its sections in the order of the metadata, and where the descriptor lies in the image."""
 
     image: bytes
     sections: tuple[TdvfSection, ...]
+    offset: int = 0
+
+    def section_offset(self, number: int) -> int:
+        """Where in the image section ``number`` is described."""
+        return self.offset + _DESCRIPTOR.sizeof() + number * _SECTION.sizeof()
 
     def data(self, section: TdvfSection) -> bytes:
         """The section's bytes in the image."""
@@ -90,14 +122,62 @@ class Tdvf:
         """The sections of one type."""
         return [s for s in self.sections if s.type is type]
 
+    def mrtd(self) -> bytes | None:
+        """MRTD of a TD that is built from this image; None if it depends on the host's HOB list."""
+        measurement = Measurement()
+        for section in self.sections:
+            if section.type is SectionType.TD_HOB and section.is_measured:
+                return None
+            if section.is_added:
+                measurement.page_add(section.address, section.end, self.data(section) if section.is_measured else None)
+        return measurement.mrtd
+
 
 def parse_tdvf(image: bytes) -> Tdvf:
     """Find and check the metadata of a firmware image. Raises ``FormatError`` as a host would refuse it."""
-    offset = _metadata_offset(image)
+    tdvf = read_tdvf(image)
+    for number, section in enumerate(tdvf.sections):
+        if section.type not in HOST_TYPES:
+            raise FormatError(
+                f"TDVF section {number} Type", at=tdvf.section_offset(number) + offsets(_SECTION)["Type"],
+                found=int(section.type), expected="BFV 0, CFV 1, TD_HOB 2 or TempMem 3", source=_SOURCE,
+            )  # fmt: skip
+    return tdvf
+
+
+def read_tdvf(image: bytes) -> Tdvf:
+    """The same for sections of all types, as a payload's firmware such as td-shim has them."""
+    table = read_guid_table(image)
+    offset = find_tdvf(image, table)
+    if offset is None:
+        raise FormatError(
+            "firmware image GUIDed table", at=table.offset if table else max(len(image) - FROM_END - 16, 0),
+            found="no TDX metadata entry" if table else "no table footer",
+            expected=f"GUID {TDX_METADATA_OFFSET_GUID if table else TABLE_FOOTER_GUID}", source=_SOURCE,
+        )  # fmt: skip
+    return tdvf_at(image, offset)
+
+
+def find_tdvf(image: bytes, table: GuidTable | None) -> int | None:
+    """Offset of the descriptor: by the entry in ``table``, or by the older place of the offset, 0x20 from the end.
+
+    That older offset counts from either end of the image, and holds only if a descriptor's signature is there.
+    None if neither leads anywhere. Raises ``FormatError`` for an entry that leads outside.
+    """
+    entry = table.find(TDX_METADATA_OFFSET_GUID) if table else None
+    if entry is not None:
+        return metadata_at(image, entry, _DESCRIPTOR.sizeof())
+    number = int.from_bytes(image[-FROM_END:][:4], "little") if len(image) >= FROM_END else 0
+    places = (number, len(image) - number)
+    return next((at for at in places if at >= 0 and image[at : at + 4] == _SIGNATURE), None)
+
+
+def tdvf_at(image: bytes, offset: int) -> Tdvf:
+    """The sections of the descriptor at ``offset``. Raises ``FormatError``."""
     header = parse(_DESCRIPTOR, "TDVF descriptor", image[offset : offset + 16], at=offset, source=_SOURCE)
     count = header.NumberOfSectionEntry
     for name, found, expected in (
-        ("Signature", header.Signature, b"TDVF"),
+        ("Signature", header.Signature, _SIGNATURE),
         ("Version", header.Version, 1),
         ("Length", header.Length, 16 + 32 * count),
     ):
@@ -117,45 +197,7 @@ def parse_tdvf(image: bytes) -> Tdvf:
     hobs = [s for s in sections if s.type is SectionType.TD_HOB]
     if len(hobs) != 1:
         raise FormatError("TDVF sections of type TD_HOB", at=offset, found=len(hobs), expected=1, source=_SOURCE)
-    return Tdvf(image, sections)
-
-
-def _metadata_offset(image: bytes) -> int:
-    """Offset of the descriptor, by the table of GUIDed entries, which is read from its end."""
-    footer = len(image) - _FOOTER_FROM_END - 16
-    if footer < 2 or image[footer : footer + 16] != TABLE_FOOTER_GUID.bytes_le:
-        raise FormatError(
-            "firmware image GUIDed table", at=max(footer, 0), found="no table footer",
-            expected=f"GUID {TABLE_FOOTER_GUID}", source=_SOURCE,
-        )  # fmt: skip
-    (total,) = struct.unpack_from("<H", image, footer - 2)
-    end, start = footer - 2, footer + 16 - total
-    while end - _ENTRY_TRAILER >= max(start, 0):
-        length, guid = struct.unpack_from("<H16s", image, end - _ENTRY_TRAILER)
-        if length < _ENTRY_TRAILER or end - length < max(start, 0):
-            raise FormatError(
-                "GUIDed table entry length", at=end - _ENTRY_TRAILER, found=length,
-                expected="an entry inside the table", source=_SOURCE,
-            )  # fmt: skip
-        if guid == TDX_METADATA_OFFSET_GUID.bytes_le and length == _ENTRY_TRAILER + 4:
-            return _from_end(image, end - length)
-        end -= length
-    raise FormatError(
-        "firmware image GUIDed table", at=max(start, 0), found="no TDX metadata entry",
-        expected=f"GUID {TDX_METADATA_OFFSET_GUID}", source=_SOURCE,
-    )  # fmt: skip
-
-
-def _from_end(image: bytes, at: int) -> int:
-    """The metadata offset that stands at ``at``, counted from the end of the image."""
-    (from_end,) = struct.unpack_from("<I", image, at)
-    offset: int = len(image) - from_end
-    if not 0 <= offset <= len(image) - 16:
-        raise FormatError(
-            "TDX metadata offset", at=at, found=f"{from_end:#x} bytes before the end",
-            expected=f"a place inside the image of {len(image):#x} bytes", source=_SOURCE,
-        )  # fmt: skip
-    return offset
+    return Tdvf(image, sections, offset)
 
 
 def _section(image: bytes, at: int, number: int) -> TdvfSection:
@@ -170,16 +212,18 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
     try:
         kind = SectionType(raw.Type)
     except ValueError:
-        raise refuse("Type", raw.Type, "BFV 0, CFV 1, TD_HOB 2 or TempMem 3") from None
-    has_data = kind in (SectionType.BFV, SectionType.CFV)
-    if raw.MemoryAddress % PAGE_SIZE or raw.MemoryDataSize % PAGE_SIZE or not raw.MemoryDataSize:
+        raise refuse("Type", raw.Type, f"0 to {max(SectionType)}") from None
+    in_memory = kind not in _NOT_MEMORY
+    if raw.MemoryAddress % PAGE_SIZE or raw.MemoryDataSize % PAGE_SIZE or (in_memory and not raw.MemoryDataSize):
         raise refuse("MemoryAddress", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "whole 4 KiB pages")
     if raw.MemoryAddress + raw.MemoryDataSize > SZ_4G:
         raise refuse("MemoryAddress", f"{raw.MemoryAddress:#x} + {raw.MemoryDataSize:#x}", "an end up to 4 GiB")
-    if raw.MemoryDataSize < raw.RawDataSize:
+    if in_memory and raw.MemoryDataSize < raw.RawDataSize:
         raise refuse("MemoryDataSize", f"{raw.MemoryDataSize:#x}", f"at least RawDataSize {raw.RawDataSize:#x}")
-    if has_data != (raw.RawDataSize != 0):
-        raise refuse("RawDataSize", f"{raw.RawDataSize:#x}", "data" if has_data else "0")
+    if (kind in _WITH_DATA and not raw.RawDataSize) or (kind in _WITHOUT_DATA and raw.RawDataSize):
+        raise refuse("RawDataSize", f"{raw.RawDataSize:#x}", "data" if kind in _WITH_DATA else "0")
+    if kind is SectionType.PermMem and not raw.Attributes & ATTRIBUTE_PAGE_AUG:
+        raise refuse("Attributes", f"{raw.Attributes:#x}", "PAGE.AUG, bit 1")
     if raw.DataOffset + raw.RawDataSize > len(image):
         found = f"{raw.DataOffset:#x} + {raw.RawDataSize:#x}"
         raise refuse("DataOffset", found, f"a range inside the image of {len(image):#x} bytes")
@@ -187,7 +231,7 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
 
 
 def _check_overlap(sections: tuple[TdvfSection, ...], at: int) -> None:
-    ordered = sorted(sections, key=lambda s: s.address)
+    ordered = sorted((s for s in sections if s.type not in _NOT_MEMORY), key=lambda s: s.address)
     for low, high in pairwise(ordered):
         if low.end > high.address:
             found = f"{high.type.name} at {high.address:#x} over {low.type.name} [{low.address:#x}, {low.end:#x})"

@@ -12,7 +12,6 @@ import gzip
 import json
 import os
 import struct
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -21,16 +20,15 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from guest.errors import BootError, FormatError
 from tools.cli import script
 from tools.config import read_file
 from tools.left_out import LeftOut
 from tools.parallel import in_parallel
+from tools.progress import counted
 from tools.render import add_json_option, json_text, print_table
-
-A = TypeVar("A")
 
 FAMILIES = {"v9": False, "mainline": False, "e820": False, "stub": True, "decompressor": True, "boot": True}
 """Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
@@ -152,7 +150,7 @@ def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     family = _family(path, tuple(FAMILIES))
     run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None, _ours(family, args))
     cases, differing, reasons = 0, [], Counter[str]()
-    for outcome in _with_progress(in_parallel(run_case, islice(_cases(path), args.limit), args.jobs, _chunk(family))):
+    for outcome in counted("cases", in_parallel(run_case, islice(_cases(path), args.limit), args.jobs, _chunk(family))):
         cases += 1
         if outcome.malformed:
             where, found = f"{path}, line {cases}", outcome.malformed
@@ -177,7 +175,7 @@ def _record(args: argparse.Namespace) -> int:
     record_case = _RecordCase(family, _kernel(maps, args))
     lines = in_parallel(record_case, islice(_cases(maps), args.limit), args.jobs, _chunk(family))
     with Path(args.record).open("w", encoding="utf-8") as file:
-        for line, reason in _with_progress(lines):
+        for line, reason in counted("cases", lines):
             file.write(line)
             if reason:
                 print(reason)
@@ -187,14 +185,6 @@ def _record(args: argparse.Namespace) -> int:
 def _chunk(family: str) -> int:
     """Cases that a process takes at once."""
     return 1 if FAMILIES[family] else 4
-
-
-def _with_progress(results: Iterator[A]) -> Iterator[A]:
-    """``results``; on a terminal, with their number so far."""
-    for number, result in enumerate(results, start=1):
-        if sys.stderr.isatty():
-            print(f"\r{number} cases\r", end="", file=sys.stderr, flush=True)
-        yield result
 
 
 def _family(path: Path, known: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bootstub.boot_params import BOOT_PARAMS_SIZE, check_size
@@ -22,23 +23,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = boot_params.add_mutually_exclusive_group(required=True)
     source.add_argument("file", metavar="FILE", nargs="?", help="a file, or - for standard input")
     source.add_argument("--live", action="store_true", help=f"the running machine's own, {LIVE_BOOT_PARAMS}")
-    form = boot_params.add_mutually_exclusive_group()
+    form = _add_forms(boot_params)
+    form.add_argument("--dmesg", action="store_true", help="print the BIOS-e820 lines as the kernel will print them")
+    tdvf = structures.add_parser("tdvf", help="TDX and SEV metadata of a firmware image, and its MRTD")
+    tdvf.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
+    _add_forms(tdvf)
+    hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
+    hob.add_argument("file", metavar="SOURCE", help="a file, or td:MEMORY[,MACHINE]: what the host gives such a TD")
+    _add_forms(hob)
+
+
+def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The forms of output that every structure has."""
+    form = parser.add_mutually_exclusive_group()
     add_json_option(form)
     form.add_argument("--hex", action="store_true", help="print the bytes")
-    form.add_argument("--dmesg", action="store_true", help="print the BIOS-e820 lines as the kernel will print them")
+    return form
 
 
 def run(args: argparse.Namespace) -> int:
-    """Dump boot_params."""
+    """Dump a structure; one that cannot be read to its end prints nothing."""
+    for line in list(_STRUCTURES[args.structure](args)):
+        print(line)
+    return 0
+
+
+def _boot_params(args: argparse.Namespace) -> Iterable[str]:
     data = _read(LIVE_BOOT_PARAMS if args.live else args.file)
     check_size(data)
     if args.json:
-        print(json_text(to_json(data), args.json))
-        return 0
-    lines = hex_dump(data) if args.hex else dmesg_lines(data) if args.dmesg else text_lines(rows(data))
-    for line in lines:
-        print(line)
-    return 0
+        return [json_text(to_json(data), args.json)]
+    return hex_dump(data) if args.hex else dmesg_lines(data) if args.dmesg else text_lines(rows(data))
+
+
+def _tdvf(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_tdvf
+
+    found = dump_tdvf.read(read_file(args.file))
+    if args.json:
+        return [json_text(dump_tdvf.to_json(found), args.json)]
+    return dump_tdvf.hex_lines(found) if args.hex else dump_tdvf.text(found)
+
+
+def _hob(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_hob
+
+    found = dump_hob.read(args.file)
+    if args.json:
+        return [json_text(dump_hob.to_json(found), args.json)]
+    return hex_dump(found.data, found.gpa) if args.hex else dump_hob.text(found)
+
+
+_STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob
+}  # fmt: skip
 
 
 def _read(path: str) -> bytes:

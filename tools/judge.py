@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from tools.cli import script
 from tools.config import read_file
 from tools.judge_maps import set_up
 from tools.parallel import in_parallel
+from tools.progress import counted
 from tools.render import add_json_option, json_text
 
 
@@ -92,9 +92,7 @@ def run(args: argparse.Namespace) -> int:
     self_test()
     differing, left_out = [], []
     verdicts = in_parallel(_Judge(args.kernel, args.seed), iter(range(args.maps)), args.jobs, 1)
-    for done, verdict in enumerate(verdicts, start=1):
-        if sys.stderr.isatty():
-            print(f"\r{done} of {args.maps} maps\r", end="", file=sys.stderr, flush=True)
+    for verdict in counted("maps", verdicts):
         if verdict.left_out:
             left_out.append(verdict)
         elif verdict.differences:

@@ -35,8 +35,9 @@ def set_up(number: int, seed: int) -> dict[str, Any]:
     profile = list(PROFILES)[number % len(PROFILES)]
     rng = random.Random(f"{seed}/{number}")
     case: dict[str, Any] = {
-        "id": number, "profile": profile, "cmdline": rng.choice(_CMDLINES), "tdx_max_level": rng.choice((0, 1, 1, 2, 2)),
-        "alloc_limit": rng.choice((SZ_4G, _TIB)), "descs": _low(rng, rng.randrange(12)) + _high(rng, rng.randrange(1, 9)),
+        "id": number, "profile": profile, "cmdline": rng.choice(_CMDLINES),
+        "tdx_max_level": rng.choice((0, 1, 1, 2, 2)), "alloc_limit": rng.choice((SZ_4G, _TIB)),
+        "descs": _low(rng, rng.randrange(12)) + _high(rng, rng.randrange(1, 9)),
     }  # fmt: skip
     PROFILES[profile](rng, case)
     return case

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 from guest.trace import Print, Record
 from tools.pipeline import Boot
+
+A = TypeVar("A")
 
 _WIPE = "\r\x1b[K"
 
@@ -84,3 +87,14 @@ def interruptible(boot: Boot, at_prompt: Callable[[], bool] = lambda: False) -> 
         signal.signal(signal.SIGINT, before)
         boot.trace.watchers.remove(on_record)
         boot.progress = progress
+
+
+def counted(what: str, results: Iterator[A]) -> Iterator[A]:
+    """``results``; on a terminal, with their number so far, which is wiped in the end."""
+    shown = sys.stderr.isatty()
+    for number, result in enumerate(results, start=1):
+        if shown:
+            print(f"\r{number} {what}", end="", file=sys.stderr, flush=True)
+        yield result
+    if shown:
+        print(_WIPE, end="", file=sys.stderr, flush=True)

@@ -14,11 +14,16 @@ PREFIX = "td:"
 FORM = "the firmware's map of a TD"
 
 
-def td_map(spec: str, firmware: Tdvf | None = None) -> PlatformMap:
-    """The map of ``td:MEMORY[,MACHINE]``, after the stages host and firmware, with the image ``firmware`` or none."""
+def td_boot(spec: str, firmware: Tdvf | None = None) -> Boot:
+    """The boot of ``td:MEMORY[,MACHINE]``, not begun, with the image ``firmware`` or none. Raises ``FormatError``."""
     memory, _, machine = spec.removeprefix(PREFIX).partition(",")
     config = BootConfig(sample_bzimage(), parse_memory(memory), parse_machine(machine or "q35"))
-    boot = Boot(config if firmware is None else replace(config, firmware=firmware))
+    return Boot(config if firmware is None else replace(config, firmware=firmware))
+
+
+def td_map(spec: str, firmware: Tdvf | None = None) -> PlatformMap:
+    """The map of ``td:MEMORY[,MACHINE]``, after the stages host and firmware, with the image ``firmware`` or none."""
+    boot = td_boot(spec, firmware)
     boot.run("firmware")
     assert boot.firmware_map is not None
     return efi_map(boot.firmware_map.descriptors(), spec, FORM)
