@@ -164,7 +164,7 @@ def test_saved_boot_of_a_guest_that_died_early(command, tmp_path):
         ["boot", "extra"],
         ["boot", "--json=loud"],
         ["dump"],
-        ["dump", "hob", "x"],
+        ["dump", "hobs", "x"],
         ["dump", "boot-params"],
         ["dump", "boot-params", "x", "--live"],
         ["dump", "boot-params", "x", "--hex", "--dmesg"],
