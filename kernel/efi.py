@@ -23,6 +23,7 @@ from guest.ranges import Range
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
 from kernel.kernel import Kernel
+from kernel.memblock import MAINLINE_MEMBLOCK
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept, tdx_accept_memory
@@ -165,7 +166,10 @@ def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[s
 
 
 def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
-    """Keep the table of unaccepted memory that a mainline stub left, and take the bitmap from it."""
+    """Keep the table of unaccepted memory that a mainline stub left, and take the bitmap from it.
+
+    Only a mainline kernel knows the table, so this is one.
+    """
     memory = kernel.machine.memory
     version = GuestRecord(memory, table, EFI_UNACCEPTED_MEMORY)["version"]
     found = UnacceptedTable.at(memory, table)
@@ -173,6 +177,7 @@ def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     if version != 1 or unit_size < PAGE_SIZE or unit_size & unit_size - 1 or size > _MAX_BITMAP_SIZE:
         kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
         return
+    kernel.memblock.version = MAINLINE_MEMBLOCK
     kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size

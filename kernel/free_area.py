@@ -15,6 +15,16 @@ MAX_ORDER_NR_PAGES = 1 << MAX_ORDER
 NR_PAGE_ORDERS = MAX_ORDER + 1
 
 
+def page_blocks(start_pfn: int, end_pfn: int) -> Iterator[tuple[int, int]]:
+    """First page and order of the largest naturally aligned blocks in the range, ascending (__free_pages_memory())."""
+    while start_pfn < end_pfn:
+        order = min(MAX_ORDER, (end_pfn - start_pfn).bit_length() - 1)
+        if start_pfn:
+            order = min(order, (start_pfn & -start_pfn).bit_length() - 1)
+        yield start_pfn, order
+        start_pfn += 1 << order
+
+
 class BlockRuns:
     """A list of blocks of order ``MAX_ORDER``; blocks that follow each other in list and memory are one run."""
 

@@ -64,7 +64,7 @@ class Kernel:
             early=parse_early_param(command_line),
             image=Range(text, text + params["hdr.init_size"]),
             unaccepted=unaccepted,
-            memblock=Memblock(accept_memory=accept_memory),
+            memblock=Memblock(accept_memory, clear_memory=memory.clear, panic=machine.panic),
         )
         return kernel
 

@@ -7,22 +7,47 @@ the prefix ``memblock_``. Addresses and sizes are bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 
-from guest.ranges import TOP, Range
+from guest.errors import BootError, GuestPanic
+from guest.ranges import Range
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_UP, round_down, round_up
+from kernel.memblock_iter import free_mem_ranges
 from kernel.memblock_type import PHYS_ADDR_MAX, MemblockFlags, MemblockRegion, MemblockType, memblock_cap_size
 
 MEMBLOCK_ALLOC_ACCESSIBLE = 0
 MEMBLOCK_ALLOC_NOLEAKTRACE = 1
 MEMBLOCK_ALLOC_ANYWHERE = PHYS_ADDR_MAX
 SMP_CACHE_BYTES = 64
+MEMBLOCK_REGION_SIZE = 24
+"""sizeof(struct memblock_region)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemblockVersion:
+    """What differs between versions of mm/memblock.c when a region array is full.
+
+    ``accepts_array``: the place of a doubled array is accepted before it is written. ``panics_when_full``: before
+    memblock_allow_resize() a full array is a panic; otherwise the call fails with -ENOMEM, which few callers read.
+    """
+
+    accepts_array: bool
+    panics_when_full: bool
+
+
+V9_MEMBLOCK = MemblockVersion(accepts_array=False, panics_when_full=False)
+"""Before 6.5, with v9 02/14, which accepts what memblock_alloc_range_nid() hands out, and nothing else."""
+MAINLINE_MEMBLOCK = MemblockVersion(accepts_array=True, panics_when_full=True)
+"""6.12."""
 
 
 class Memblock:
     """Memory and reservations of early boot.
 
-    ``accept_memory(start, end)`` is called for each allocated block before it is handed out (v9 02/14).
+    ``accept_memory(start, end)`` is called for each allocated block before it is handed out (v9 02/14), and
+    ``clear_memory(start, end)`` where a doubled region array is written to memory; what it holds stays here.
+    ``panic(text)`` is the exception to raise where the kernel panics.
     ``movable_node`` and ``mirrored_kernelcore`` are the boot parameters ``movable_node`` and
     ``kernelcore=mirror``.
     """
@@ -31,63 +56,72 @@ class Memblock:
         self,
         accept_memory: Callable[[int, int], None],
         *,
+        clear_memory: Callable[[int, int], None],
+        panic: Callable[[str], BootError] = partial(GuestPanic, "memblock"),
+        version: MemblockVersion = V9_MEMBLOCK,
         movable_node: bool = False,
         mirrored_kernelcore: bool = False,
     ) -> None:
-        self.memory = MemblockType("memory")
-        self.reserved = MemblockType("reserved")
+        self.memory = MemblockType("memory", self._double_array)
+        self.reserved = MemblockType("reserved", self._double_array)
         self.bottom_up = False
         self.current_limit = MEMBLOCK_ALLOC_ANYWHERE
+        self.version = version
         self._accept_memory = accept_memory
+        self._clear_memory = clear_memory
+        self._panic = panic
+        self._can_resize = False
+        self._array_at: dict[str, Range] = {}
         self._movable_node = movable_node
         self._mirrored_kernelcore = mirrored_kernelcore
         self._has_mirror = False
 
-    # Registering memory.
+    # Registering memory. The result is 0, or -ENOMEM if a region array is full: then nothing has changed.
 
-    def add(self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE) -> None:
+    def add(self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE) -> int:
         """There is memory at ``base``. Nothing is accepted."""
-        self.memory.add_range(base, size, int(flags))
+        return self.memory.add_range(base, size, int(flags))
 
-    def remove(self, base: int, size: int) -> None:
+    def remove(self, base: int, size: int) -> int:
         """There is no memory in the range any more."""
-        self.memory.remove_range(base, size)
+        return self.memory.remove_range(base, size)
 
-    def reserve(self, base: int, size: int) -> None:
+    def reserve(self, base: int, size: int) -> int:
         """Take the range, whether there is memory or not. Nothing is accepted."""
-        self.reserved.add_range(base, size)
+        return self.reserved.add_range(base, size)
 
-    def phys_free(self, base: int, size: int) -> None:
+    def phys_free(self, base: int, size: int) -> int:
         """Give the range back."""
-        self.reserved.remove_range(base, size)
+        return self.reserved.remove_range(base, size)
 
     # Flags.
 
-    def mark_hotplug(self, base: int, size: int) -> None:
+    def mark_hotplug(self, base: int, size: int) -> int:
         """The range can be unplugged: no allocations there if ``movable_node``."""
-        self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_HOTPLUG)
+        return self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_HOTPLUG)
 
-    def clear_hotplug(self, base: int, size: int) -> None:
+    def clear_hotplug(self, base: int, size: int) -> int:
         """Undo :meth:`mark_hotplug`."""
-        self.memory.setclr_flag(base, size, False, MemblockFlags.MEMBLOCK_HOTPLUG)
+        return self.memory.setclr_flag(base, size, False, MemblockFlags.MEMBLOCK_HOTPLUG)
 
-    def mark_mirror(self, base: int, size: int) -> None:
+    def mark_mirror(self, base: int, size: int) -> int:
         """The range is mirrored: allocations prefer it. Nothing happens without ``mirrored_kernelcore``."""
-        if self._mirrored_kernelcore:
-            self._has_mirror = True
-            self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_MIRROR)
+        if not self._mirrored_kernelcore:
+            return 0
+        self._has_mirror = True
+        return self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_MIRROR)
 
-    def mark_nomap(self, base: int, size: int) -> None:
+    def mark_nomap(self, base: int, size: int) -> int:
         """The range is memory that the direct map leaves out: never allocated."""
-        self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_NOMAP)
+        return self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_NOMAP)
 
-    def clear_nomap(self, base: int, size: int) -> None:
+    def clear_nomap(self, base: int, size: int) -> int:
         """Undo :meth:`mark_nomap`."""
-        self.memory.setclr_flag(base, size, False, MemblockFlags.MEMBLOCK_NOMAP)
+        return self.memory.setclr_flag(base, size, False, MemblockFlags.MEMBLOCK_NOMAP)
 
-    def reserved_mark_noinit(self, base: int, size: int) -> None:
+    def reserved_mark_noinit(self, base: int, size: int) -> int:
         """The struct pages of the reserved range stay uninitialised."""
-        self.reserved.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_RSRV_NOINIT)
+        return self.reserved.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_RSRV_NOINIT)
 
     # Limits.
 
@@ -113,7 +147,10 @@ class Memblock:
         """Keep memory inside the range only; NOMAP memory stays everywhere."""
         if not size or not self.memory.total_size:
             return
-        first, last = self.memory.isolate_range(base, size)
+        isolated = self.memory.isolate_range(base, size)
+        if isolated is None:
+            return
+        first, last = isolated
         for index in reversed(range(len(self.memory.regions))):
             outside = not first <= index < last
             if outside and not self.memory.regions[index].flags & MemblockFlags.MEMBLOCK_NOMAP:
@@ -177,34 +214,9 @@ class Memblock:
     def free_ranges(self, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE) -> Iterator[Range]:
         """Memory that is not taken, ascending (``for_each_free_mem_range``). Do not change memblock meanwhile.
 
-        With ``MEMBLOCK_MIRROR`` mirrored memory only. As in the kernel, a range is empty where two reserved
-        regions touch that differ in flags.
+        With ``MEMBLOCK_MIRROR`` mirrored memory only.
         """
-        gaps, first = self._gaps(), 0
-        for region in self.memory.regions:
-            if self._should_skip_region(region, flags):
-                continue
-            while gaps[first].end <= region.base:
-                first += 1
-            for gap in islice(gaps, first, None):
-                if gap.start >= region.end:
-                    break
-                yield Range(max(gap.start, region.base), min(gap.end, region.end))
-
-    def _gaps(self) -> list[Range]:
-        """What is not taken: below, between and above the reserved regions, empty where two of them touch."""
-        ends = [0, *(r.end for r in self.reserved.regions)]
-        bases = [*(r.base for r in self.reserved.regions), TOP]
-        return [Range(end, base) for end, base in zip(ends, bases, strict=True)]
-
-    def _should_skip_region(self, region: MemblockRegion, flags: MemblockFlags) -> bool:
-        if not region.flags and not flags:  # nearly all of them; the flags of an enum are slow
-            return False
-        if region.flags & (MemblockFlags.MEMBLOCK_NOMAP | MemblockFlags.MEMBLOCK_DRIVER_MANAGED):
-            return True
-        if self._movable_node and region.flags & MemblockFlags.MEMBLOCK_HOTPLUG:
-            return True
-        return bool(flags & MemblockFlags.MEMBLOCK_MIRROR and not region.flags & MemblockFlags.MEMBLOCK_MIRROR)
+        return free_mem_ranges(self.memory, self.reserved, flags, self._movable_node)
 
     # Allocation.
 
@@ -216,16 +228,24 @@ class Memblock:
         Source: memblock_phys_alloc_range(), memblock_alloc_range_nid().
         """
         align = align or SMP_CACHE_BYTES
-        found = 0
-        if self._has_mirror:
-            found = self._find_in_range(size, align, start, end, MemblockFlags.MEMBLOCK_MIRROR)
-        found = found or self._find_in_range(size, align, start, end, MemblockFlags.MEMBLOCK_NONE)
-        if found:
-            self.reserve(found, size)
-            self._accept_memory(found, found + size)
-        return found
+        for flags in self._choose_flags():
+            found = self._find_in_range_node(size, align, start, end, flags)
+            if found and not self.reserve(found, size):
+                self._accept_memory(found, found + size)
+                return found
+        return 0
 
-    def _find_in_range(self, size: int, align: int, start: int, end: int, flags: MemblockFlags) -> int:
+    def _choose_flags(self) -> list[MemblockFlags]:
+        """The kinds of memory to look for, one after the other (choose_memblock_flags())."""
+        mirror = [MemblockFlags.MEMBLOCK_MIRROR] if self._has_mirror else []
+        return [*mirror, MemblockFlags.MEMBLOCK_NONE]
+
+    def _find_in_range(self, size: int, align: int, start: int, end: int) -> int:
+        """A free place, mirrored if there is such; 0 if there is none."""
+        places = (self._find_in_range_node(size, align, start, end, flags) for flags in self._choose_flags())
+        return next(filter(None, places), 0)
+
+    def _find_in_range_node(self, size: int, align: int, start: int, end: int, flags: MemblockFlags) -> int:
         """Lowest or highest free place, 0 if there is none (``memblock_find_in_range_node``)."""
         if end in (MEMBLOCK_ALLOC_ACCESSIBLE, MEMBLOCK_ALLOC_NOLEAKTRACE):
             end = self.current_limit
@@ -243,6 +263,42 @@ class Memblock:
             if fits:
                 return found
         return 0
+
+    # Room for regions.
+
+    def allow_resize(self) -> None:
+        """From now on a full region array is moved to memory, with twice the room."""
+        self._can_resize = True
+
+    def _double_array(self, array: MemblockType, base: int, size: int) -> bool:
+        """Move ``array`` to a place of twice the size, and reserve that; False if there is none.
+
+        The place is not in the range ``base``, ``size`` that is just being reserved, and above it if possible.
+        Source: memblock_double_array(), up to where the slab allocator is there.
+        """
+        if not self._can_resize:
+            if self.version.panics_when_full:
+                raise self._panic(f"memblock: cannot resize {array.name} array")
+            return False
+        new_size = 2 * array.max * MEMBLOCK_REGION_SIZE
+        room, limit = round_up(new_size, PAGE_SIZE), self.current_limit
+        if array is not self.reserved:
+            base = size = 0
+        found = self._find_in_range(room, PAGE_SIZE, base + size, limit)
+        if not found and size:
+            found = self._find_in_range(room, PAGE_SIZE, 0, min(base, limit))
+        if not found:
+            return False
+        if self.version.accepts_array:
+            self._accept_memory(found, found + room)
+        self._clear_memory(found, found + new_size)
+        array.max *= 2
+        old, self._array_at[array.name] = self._array_at.get(array.name), Range(found, found + room)
+        if old is not None:
+            self.phys_free(old.start, old.size)
+        if self.reserve(found, room):
+            raise self._panic("kernel BUG at mm/memblock.c: BUG_ON(memblock_reserve(addr, new_alloc_size))")
+        return True
 
     # Handing over to the page allocator.
 

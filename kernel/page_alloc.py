@@ -12,7 +12,7 @@ from typing import Literal
 
 from guest.ranges import RangeSet
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_PHYS, memparse, round_down, round_up
-from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES, NR_PAGE_ORDERS
+from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES, NR_PAGE_ORDERS, page_blocks
 from kernel.mmzone import Zone, ZoneType
 from kernel.unaccepted_memory import UnacceptedMemory
 
@@ -85,17 +85,13 @@ class PageAllocator:
                 return zone
         raise ValueError(f"page {pfn:#x}: it is in no zone")
 
-    def _free_small_blocks(self, zone: Zone, pfn: int, end_pfn: int) -> None:
+    def _free_small_blocks(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
         """Free less than a ``MAX_ORDER`` block; what is unaccepted is accepted at once."""
-        while pfn < end_pfn:
-            order = (end_pfn - pfn).bit_length() - 1
-            if pfn:
-                order = min(order, (pfn & -pfn).bit_length() - 1)
+        for pfn, order in page_blocks(start_pfn, end_pfn):
             start, end = PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << order))
             if self._unaccepted.range_contains_unaccepted_memory(start, end):
                 self._unaccepted.accept_memory(start, end)
             self._free_one_page(zone, pfn, order, to_tail=True)
-            pfn += 1 << order
 
     def _free_max_order_blocks(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
         """Free whole ``MAX_ORDER`` blocks, in runs of accepted and of unaccepted ones."""

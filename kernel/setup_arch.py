@@ -152,12 +152,13 @@ def _find_last_pfns(kernel: Kernel) -> None:
 
 
 def _e820_memblock_setup(kernel: Kernel) -> None:
-    """e820 becomes memblock; v9 reserves the bitmap first, since the table is final here.
+    """e820 becomes memblock, whose arrays may grow now; v9 reserves the bitmap first, since the table is final here.
 
     The reservation is sized by the end of RAM, not by what the stub allocated: the bit of the guard behind the
     last RAM may lie outside it.
     """
     memblock = kernel.memblock
+    memblock.allow_resize()
     bitmap = kernel.params["unaccepted_memory"]
     if bitmap:
         memblock.reserve(bitmap, DIV_ROUND_UP(kernel.max_pfn << PAGE_SHIFT, PMD_SIZE * BITS_PER_BYTE))

@@ -30,7 +30,15 @@ from tools.parallel import in_parallel
 from tools.progress import counted
 from tools.render import add_json_option, json_text, print_table
 
-FAMILIES = {"v9": False, "mainline": False, "e820": False, "stub": True, "decompressor": True, "boot": True}
+FAMILIES = {
+    "v9": False,
+    "mainline": False,
+    "e820": False,
+    "memblock": False,
+    "stub": True,
+    "decompressor": True,
+    "boot": True,
+}
 """Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
 RECORDABLE = tuple(family for family, image in FAMILIES.items() if image)

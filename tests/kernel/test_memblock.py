@@ -1,114 +1,34 @@
-"""memblock against the real mm/memblock.c and against a page-granular model."""
+"""memblock against a page-granular model, and what a full region array does; ``unaccepted conform`` has the rest."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+from guest.errors import GuestPanic
 from guest.ranges import Range
 from guest.units import PAGE_SIZE
-from kernel.memblock import MEMBLOCK_ALLOC_ACCESSIBLE, Memblock
-from kernel.memblock_type import PHYS_ADDR_MAX, MemblockFlags, MemblockType
-
-VECTORS = Path(__file__).parents[1] / "vectors" / "memblock.jsonl.gz"
-METHODS = {
-    "free": "phys_free",
-    "rsrv_noinit": "reserved_mark_noinit",
-    "trim": "trim_memory",
-    "enforce": "enforce_memory_limit",
-    "cap": "cap_memory_range",
-    "limit_map": "mem_limit_remove_map",
-    "region_memory": "is_region_memory",
-    "region_reserved": "is_region_reserved",
-    "start_dram": "start_of_DRAM",
-    "end_dram": "end_of_DRAM",
-    "phys_size": "phys_mem_size",
-    "rsv_size": "reserved_size",
-}
-ARRAY_GROWS = {"mmax", "vmax", "panic"}
+from kernel.memblock import (
+    MAINLINE_MEMBLOCK,
+    MEMBLOCK_ALLOC_ACCESSIBLE,
+    V9_MEMBLOCK,
+    Memblock,
+    MemblockVersion,
+)
+from kernel.memblock_type import INIT_MEMBLOCK_REGIONS, PHYS_ADDR_MAX, MemblockFlags, MemblockType
 
 
-def memblock() -> Memblock:
-    return Memblock(lambda start, end: None)
+def memblock(
+    accept_memory: Callable[[int, int], None] = lambda start, end: None, version: MemblockVersion = V9_MEMBLOCK
+) -> Memblock:
+    """A memblock that tells ``accept_memory`` what it accepts, and has no memory to put its arrays in."""
+    return Memblock(accept_memory, clear_memory=lambda start, end: None, version=version)
 
 
 def flat(array: MemblockType) -> list[int]:
     return [number for region in array.regions for number in region]
-
-
-def blocks(ranges: list[Range]) -> list[int]:
-    """Largest naturally aligned blocks, as memblock_free_pages() would be called: pfn, order, pfn, ..."""
-    out = []
-    for start, end in ranges:
-        pfn = start
-        while pfn < end:
-            order = next(o for o in range(10, -1, -1) if pfn % (1 << o) == 0 and pfn + (1 << o) <= end)
-            out += [pfn, order]
-            pfn += 1 << order
-    return out
-
-
-def call(mb: Memblock, name: str, args: list[int]) -> tuple[int | None, list[int]]:
-    """Return value and result list of one operation of the vectors."""
-    if name == "bottom_up":
-        mb.bottom_up = bool(args[0])
-    elif name == "limit":
-        mb.current_limit = args[0]
-    elif name in ("alloc", "alloc_nid"):
-        return mb.phys_alloc_range(*args[:4]), []
-    elif name == "free_ranges":
-        return None, [address for r in mb.free_ranges() for address in r]
-    elif name == "free_all":
-        return None, blocks(mb.free_all(args[0]))
-    else:
-        return getattr(mb, METHODS.get(name, name))(*args), []
-    return None, []
-
-
-def expect_array(array: MemblockType, expected: list[int], record: dict, whole: str, spliced: str) -> None:
-    """Follow one array of the vectors and compare."""
-    if whole in record:
-        expected[:] = record[whole]
-    if spliced in record:
-        index, removed, *inserted = record[spliced]
-        expected[3 * index : 3 * (index + removed)] = inserted
-    assert flat(array) == expected
-    assert array.total_size == record.get(whole + "t", sum(expected[1::3]))
-
-
-def run(case: dict) -> bool:
-    """Play a sequence; False if a region array would have to grow, which ends it."""
-    accepted: list[int] = []
-    mb = Memblock(
-        lambda start, end: accepted.extend((start, end - start)),
-        movable_node=bool(case.get("movable_node")),
-        mirrored_kernelcore=bool(case.get("mirrored_kernelcore")),
-    )
-    memory: list[int] = []
-    reserved: list[int] = []
-    for name, *args, record in case["ops"]:
-        if record.keys() & ARRAY_GROWS:
-            return False
-        accepted.clear()
-        result, listed = call(mb, name, args)
-        assert int(result or 0) == record.get("r", 0)
-        assert listed == record.get("list", [])
-        assert accepted == record.get("acc", [])
-        expect_array(mb.memory, memory, record, "m", "ms")
-        expect_array(mb.reserved, reserved, record, "v", "vs")
-    return True
-
-
-def test_vectors_of_the_real_memblock():
-    """Every sequence gives what mm/memblock.c gave, up to where a region array outgrows its 128 entries."""
-    with gzip.open(VECTORS, "rt") as lines:
-        complete = Counter(run(json.loads(line)) for line in lines)
-    assert complete == {True: 372, False: 15}
 
 
 class Model:
@@ -195,7 +115,7 @@ def test_random_operations_against_the_model(seed):
 def test_allocation_is_accepted_before_it_is_handed_out():
     """An allocation comes from the top of memory and its bytes, and only they, are accepted."""
     accepted = []
-    mb = Memblock(lambda start, end: accepted.append((start, end)))
+    mb = memblock(lambda start, end: accepted.append((start, end)))
     mb.add(0x10_0000, 0x10_0000)
     mb.reserve(0x1F_F000, 0x1000)
     assert accepted == []
@@ -207,7 +127,7 @@ def test_allocation_is_accepted_before_it_is_handed_out():
 def test_failed_allocation_changes_nothing():
     """Without room the result is 0: nothing is reserved and nothing accepted."""
     accepted = []
-    mb = Memblock(lambda start, end: accepted.append((start, end)))
+    mb = memblock(lambda start, end: accepted.append((start, end)))
     mb.add(0x10_0000, 0x1000)
     assert mb.phys_alloc_range(0x2000, 0x1000, 0, MEMBLOCK_ALLOC_ACCESSIBLE) == 0
     assert accepted == [] and flat(mb.reserved) == []
@@ -264,3 +184,90 @@ def test_free_all_gives_whole_pages_below_the_limit():
     mb.add(0x10_0000, 0x10_0000)
     mb.reserve(0x10_0000, 0x100)
     assert mb.free_all(0x180) == [Range(1, 4), Range(0x101, 0x180)]
+
+
+MIB = 1 << 20
+
+
+def fill_reserved(mb: Memblock) -> None:
+    """Reserve every second page above 1 MiB until the array is full."""
+    for number in range(INIT_MEMBLOCK_REGIONS):
+        assert mb.reserve(MIB + 2 * number * PAGE_SIZE, PAGE_SIZE) == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "accepts"), [(V9_MEMBLOCK, []), (MAINLINE_MEMBLOCK, [(16 * MIB - 8192, 16 * MIB)])]
+)
+def test_a_doubled_array_is_accepted_by_mainline_only(version, accepts):
+    """The 129th reservation moves the array to 8 KiB at the top; mainline accepts them, v9 only writes to them."""
+    accepted, written = [], []
+    mb = Memblock(
+        lambda start, end: accepted.append((start, end)),
+        clear_memory=lambda start, end: written.append((start, end)),
+        version=version,
+    )
+    mb.add(0, 16 * MIB)
+    mb.allow_resize()
+    fill_reserved(mb)
+    assert mb.reserve(8 * MIB, PAGE_SIZE) == 0
+    assert accepted == accepts
+    assert written == [(16 * MIB - 8192, 16 * MIB - 8192 + 256 * 24)]
+    assert mb.reserved.max == 256
+    assert flat(mb.reserved)[-6:] == [8 * MIB, PAGE_SIZE, 0, 16 * MIB - 8192, 8192, 0]
+
+
+def test_the_old_place_of_an_array_is_free_after_it_moved_again():
+    """At 257 reservations the array moves to 12 KiB, and the 8 KiB that it had are free."""
+    mb = memblock()
+    mb.add(0, 16 * MIB)
+    mb.allow_resize()
+    for number in range(256):
+        mb.reserve(MIB + 2 * number * PAGE_SIZE, PAGE_SIZE)
+    assert mb.reserved.max == 512
+    assert not mb.is_reserved(16 * MIB - PAGE_SIZE)
+    assert mb.is_region_reserved(16 * MIB - 8192 - 12288, 12288)
+
+
+def test_the_new_array_is_not_put_into_the_range_being_reserved():
+    """Where only the range that is being reserved has room, the array stays, and nothing is reserved."""
+    mb = memblock()
+    mb.add(0, 8 * MIB)
+    mb.reserve(0, MIB)
+    mb.allow_resize()
+    for number in range(INIT_MEMBLOCK_REGIONS - 1):
+        mb.reserve(MIB + 2 * number * PAGE_SIZE, PAGE_SIZE)
+    before = flat(mb.reserved)
+    assert mb.reserve(4 * MIB, 4 * MIB) == 0 and mb.reserved.max == 256
+    assert before != flat(mb.reserved)
+    low = mb.reserved.regions[-2]
+    assert low.end <= 4 * MIB and low.size == 8192
+
+
+def test_a_full_array_that_must_not_move_is_a_panic_in_mainline():
+    """Before memblock_allow_resize() the 129th reservation stops a mainline kernel, in its own words."""
+    mb = memblock(version=MAINLINE_MEMBLOCK)
+    fill_reserved(mb)
+    with pytest.raises(GuestPanic) as stopped:
+        mb.reserve(8 * MIB, PAGE_SIZE)
+    assert stopped.value.text == "memblock: cannot resize reserved array"
+
+
+def test_a_full_array_that_must_not_move_fails_in_v9():
+    """The same call returns -ENOMEM in the kernel of v9 and changes nothing; an allocation finds no room."""
+    mb = memblock()
+    mb.add(0, 16 * MIB)
+    fill_reserved(mb)
+    before = flat(mb.reserved)
+    assert mb.reserve(8 * MIB, PAGE_SIZE) == -12
+    assert mb.phys_free(MIB, PAGE_SIZE) == -12
+    assert mb.phys_alloc_range(PAGE_SIZE, PAGE_SIZE, 0, 8 * MIB) == 0
+    assert flat(mb.reserved) == before
+
+
+def test_without_memory_an_array_cannot_move():
+    """No memory is known: the array stays full although it may grow."""
+    mb = memblock(version=MAINLINE_MEMBLOCK)
+    mb.allow_resize()
+    fill_reserved(mb)
+    assert mb.reserve(8 * MIB, PAGE_SIZE) == -12
+    assert mb.reserved.max == INIT_MEMBLOCK_REGIONS

@@ -1,0 +1,45 @@
+"""Walking memblock's free memory: ``for_each_free_mem_range`` and what it skips (mm/memblock.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from guest.ranges import TOP, Range
+from kernel.memblock_type import MemblockFlags, MemblockRegion, MemblockType
+
+
+def free_mem_ranges(
+    memory: MemblockType, reserved: MemblockType, flags: MemblockFlags, movable_node: bool
+) -> Iterator[Range]:
+    """Memory that is not reserved, ascending. Do not change the arrays meanwhile.
+
+    As in the kernel, a range is empty where two reserved regions touch that differ in flags.
+    """
+    gaps, first = _gaps(reserved), 0
+    for region in memory.regions:
+        if _should_skip_region(region, flags, movable_node):
+            continue
+        while gaps[first].end <= region.base:
+            first += 1
+        for gap in islice(gaps, first, None):
+            if gap.start >= region.end:
+                break
+            yield Range(max(gap.start, region.base), min(gap.end, region.end))
+
+
+def _gaps(reserved: MemblockType) -> list[Range]:
+    """What is not taken: below, between and above the reserved regions, empty where two of them touch."""
+    ends = [0, *(r.end for r in reserved.regions)]
+    bases = [*(r.base for r in reserved.regions), TOP]
+    return [Range(end, base) for end, base in zip(ends, bases, strict=True)]
+
+
+def _should_skip_region(region: MemblockRegion, flags: MemblockFlags, movable_node: bool) -> bool:
+    if not region.flags and not flags:  # nearly all of them; the flags of an enum are slow
+        return False
+    if region.flags & (MemblockFlags.MEMBLOCK_NOMAP | MemblockFlags.MEMBLOCK_DRIVER_MANAGED):
+        return True
+    if movable_node and region.flags & MemblockFlags.MEMBLOCK_HOTPLUG:
+        return True
+    return bool(flags & MemblockFlags.MEMBLOCK_MIRROR and not region.flags & MemblockFlags.MEMBLOCK_MIRROR)
