@@ -22,6 +22,7 @@ MEMBLOCK_ALLOC_ANYWHERE = PHYS_ADDR_MAX
 SMP_CACHE_BYTES = 64
 MEMBLOCK_REGION_SIZE = 24
 """sizeof(struct memblock_region)."""
+_PANIC = partial(GuestPanic, "memblock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Memblock:
         accept_memory: Callable[[int, int], None],
         *,
         clear_memory: Callable[[int, int], None],
-        panic: Callable[[str], BootError] = partial(GuestPanic, "memblock"),
+        panic: Callable[[str], BootError] = _PANIC,
         version: MemblockVersion = V9_MEMBLOCK,
         movable_node: bool = False,
         mirrored_kernelcore: bool = False,

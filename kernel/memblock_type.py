@@ -54,8 +54,8 @@ class MemblockType:
 
     ``double_array(self, base, size)`` is called where the kernel calls memblock_double_array(): it doubles ``max``
     and returns True, or returns False, and then the array stays as it is; ``base`` and ``size`` are the range that
-    the array is about to take in or to cut. ``total_size`` is what the kernel keeps beside the array: the sum of the sizes, until
-    ``memblock_trim_memory`` shortens a region and forgets to subtract.
+    the array is about to take in or to cut. ``total_size`` is what the kernel keeps beside the array: the sum of
+    the sizes, until ``memblock_trim_memory`` shortens a region and forgets to subtract.
     """
 
     def __init__(self, name: str, double_array: Callable[[MemblockType, int, int], bool]) -> None:

@@ -73,7 +73,8 @@ def _flip(record: dict[str, object], key: str) -> None:
 def test_a_changed_answer_of_memblock_is_found(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever key of a record is changed, the command names the operation and the key and exits 1."""
     with gzip.open(VECTORS / "memblock.jsonl.gz", "rt") as file:
-        case = next(case for line in file if any(key in op[-1] for op in (case := json.loads(line))["ops"]))
+        cases = map(json.loads, file)
+        case = next(case for case in cases if any(key in op[-1] for op in case["ops"]))
     number = next(number for number, op in enumerate(case["ops"]) if key in op[-1])
     _flip(case["ops"][number][-1], key)
     path = tmp_path / "memblock.jsonl"
