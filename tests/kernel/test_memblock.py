@@ -229,18 +229,13 @@ def test_the_old_place_of_an_array_is_free_after_it_moved_again():
 
 
 def test_the_new_array_is_not_put_into_the_range_being_reserved():
-    """Where only the range that is being reserved has room, the array stays, and nothing is reserved."""
+    """Where the range that is being reserved ends with memory, the array goes below it."""
     mb = memblock()
     mb.add(0, 8 * MIB)
-    mb.reserve(0, MIB)
     mb.allow_resize()
-    for number in range(INIT_MEMBLOCK_REGIONS - 1):
-        mb.reserve(MIB + 2 * number * PAGE_SIZE, PAGE_SIZE)
-    before = flat(mb.reserved)
-    assert mb.reserve(4 * MIB, 4 * MIB) == 0 and mb.reserved.max == 256
-    assert before != flat(mb.reserved)
-    low = mb.reserved.regions[-2]
-    assert low.end <= 4 * MIB and low.size == 8192
+    fill_reserved(mb)
+    assert mb.reserve(4 * MIB, 4 * MIB) == 0
+    assert flat(mb.reserved)[-3:] == [4 * MIB - 8192, 4 * MIB + 8192, 0]
 
 
 def test_a_full_array_that_must_not_move_is_a_panic_in_mainline():

@@ -108,7 +108,7 @@ def capture(request):
 
 
 def memory_of(ranges):
-    mb = Memblock(lambda start, end: None)
+    mb = Memblock(lambda start, end: None, clear_memory=lambda start, end: None)
     for start, end in ranges:
         mb.add(start, end - start)
     return mb.memory.regions
