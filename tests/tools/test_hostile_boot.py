@@ -180,4 +180,6 @@ def test_a_sound_boot_has_no_finding(memory, host):
     """The default boot passes the strict sanitizer, in every size and on every host."""
     if memory > 8 << 30 and host.get("host_level") == 0:
         host = host | {"script": ()}
-    Boot(BootConfig(KERNEL, memory, sanitize="error", **host)).run()
+    boot = Boot(BootConfig(KERNEL, memory, sanitize="error", **host))
+    boot.run()
+    assert finding_lines(boot) == []
