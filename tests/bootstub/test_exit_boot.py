@@ -30,15 +30,15 @@ class MeddledGates:
 
 
 def meddle_at_exit(boot, *works: Callable[[Callable[[int], None]], None]) -> None:
-    """Before the first, second ... ExitBootServices() run the works; each gets an ``allocate(memory type)``."""
-    gates, memory = boot.machine.gates, boot.machine.memory
-    boot_services = memory.read_uint(boot.machine.regs.rdx + 96, 8)
-    allocate_pool = memory.read_uint(boot_services + 24 + 5 * 8, 8)
-    scratch = boot.machine.regs.rsp - 4096
+    """Before the first, second ... ExitBootServices() run the works, as event handlers of the firmware would.
+
+    Each gets an ``allocate(memory type)``, which takes a page.
+    """
+    gates = boot.machine.gates
     left = list(works)
 
     def allocate(memory_type: int) -> None:
-        assert gates.call(allocate_pool, memory_type, 1, scratch) == 0
+        assert boot.firmware_map.allocate(memory_type, 1, 1 << 52) is not None
 
     def before(gate: CallGate) -> None:
         if gate.name == "ExitBootServices" and left:
@@ -128,10 +128,8 @@ def test_two_stale_keys_in_a_row_stop_the_stub(new_boot):
     meddle_at_exit(boot, *[lambda allocate: allocate(RUNTIME_DATA)] * 3)
     with pytest.raises(GuestPanic, match="EFI stub: ERROR: failed, status 0x8000000000000002"):
         boot.run("efi-stub")
-    assert last_calls(boot, 4) == [
-        ("ExitBootServices", 1 << 63 | 2), ("GetMemoryMap", 0),
-        ("AllocatePool", 0),  # ours
-        ("ExitBootServices", 1 << 63 | 2),
+    assert last_calls(boot, 3) == [
+        ("ExitBootServices", 1 << 63 | 2), ("GetMemoryMap", 0), ("ExitBootServices", 1 << 63 | 2),
     ]  # fmt: skip
     assert boot.boot_params is None
 

@@ -92,8 +92,8 @@ def test_case_that_differs(command, file):
 
 
 def test_progress_on_a_terminal(command, file, monkeypatch):
-    """On a terminal, the number of cases so far is written over itself on standard error."""
+    """On a terminal, the number of cases so far is written over itself on standard error, and wiped in the end."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     line = json.dumps(first_case("v9"))
     answer = command("conform", file("v9.jsonl", f"{line}\n{line}\n"), "--jobs", "1")
-    assert (answer.status, answer.err) == (0, "\r1 cases\r\r2 cases\r")
+    assert (answer.status, answer.err) == (0, "\r1 cases\r2 cases\r\x1b[K")
