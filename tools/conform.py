@@ -25,7 +25,7 @@ from typing import Any
 from guest.errors import BootError, FormatError
 from tools.cli import script
 from tools.config import read_file
-from tools.left_out import LeftOut
+from tools.conformance.left_out import LeftOut
 from tools.parallel import in_parallel
 from tools.progress import counted
 from tools.render import add_json_option, json_text, print_table
@@ -39,10 +39,10 @@ FAMILIES = {
     "decompressor": True,
     "boot": True,
 }
-"""Families with a module ``tools.conform_FAMILY`` that has ``run_case(case)``, or, where the value says that the
+"""Families with a module ``tools.conformance.FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
 RECORDABLE = tuple(family for family, image in FAMILIES.items() if image)
-"""Their modules ``tools.record_FAMILY`` have ``record(case, image)``."""
+"""Their modules ``tools.conformance.record_FAMILY`` have ``record(case, image)``."""
 
 _NO_CASE = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError, struct.error,
@@ -116,7 +116,7 @@ class _RunCase:
 
     def __call__(self, case: dict[str, Any]) -> _Outcome:
         what = case.get("id"), case.get("name") or case.get("profile")
-        run_case = import_module(f"tools.conform_{self.family}").run_case
+        run_case = import_module(f"tools.conformance.{self.family}").run_case
         options = {"ours": True} if self.ours else {}
         try:
             return _Outcome(*what, run_case(case, *_image(self.kernel), **options))
@@ -136,7 +136,7 @@ class _RecordCase:
     kernel: str
 
     def __call__(self, case: dict[str, Any]) -> tuple[str, str]:
-        record = import_module(f"tools.record_{self.family}").record
+        record = import_module(f"tools.conformance.record_{self.family}").record
         try:
             return json.dumps(record(case, *_image(self.kernel))) + "\n", ""
         except BootError as error:

@@ -51,8 +51,8 @@ class _Judge:
     seed: int
 
     def __call__(self, number: int) -> _Verdict:
-        from tools.conform_stub import differences
-        from tools.record_stub import record, run_stub
+        from tools.conformance.record_stub import record, run_stub
+        from tools.conformance.stub import differences
 
         case, image = set_up(number, self.seed), _image(self.kernel)
         try:
@@ -67,7 +67,7 @@ class _Judge:
 
     def _both_die(self, case: dict[str, Any], image: bytes, death: BootError) -> _Verdict:
         """The real stub died: so must ours."""
-        from tools.record_stub import run_stub
+        from tools.conformance.record_stub import run_stub
 
         try:
             run_stub(case, image, ours=True)
@@ -129,7 +129,7 @@ def _report(args: argparse.Namespace, differing: list[_Verdict], left_out: list[
 
 def _set_up(verdict: _Verdict) -> dict[str, Any]:
     """The set-up alone."""
-    from tools.record_stub import SET_UP
+    from tools.conformance.record_stub import SET_UP
 
     return {name: verdict.case[name] for name in SET_UP if name in verdict.case}
 

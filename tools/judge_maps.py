@@ -1,6 +1,6 @@
 """Random set-ups for a stub: a memory map and settings of a firmware, in 13 profiles. The same seed, the same set-up.
 
-The fields are those of a recorded case (``tools.record_stub.SET_UP``).
+The fields are those of a recorded case (``tools.conformance.record_stub.SET_UP``).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tools.conform_boot import COMPARED, differences
-from tools.record_boot import run_boot
+from tools.conformance.boot import COMPARED, differences
+from tools.conformance.record_boot import run_boot
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 BEFORE_THE_PAGE_ALLOCATOR = "Initmem setup node"

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.conform_e820 import run_case
+from tools.conformance.e820 import run_case
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "e820.jsonl.gz"
 SHA256 = "aad520e5941cce11976adbf4423c52b9e19555551fa2112646b5af9f309cd456"

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from guest.memory import PhysicalMemory
-from tools.unaccepted_table import build_table, read_table
+from tools.conformance.unaccepted_table import build_table, read_table
 
 
 def test_layout():

@@ -13,8 +13,8 @@ from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE
 from kernel.unaccepted_memory import UnacceptedMemory
-from tools.recorded_code import Comparison, RecordedCase, bit_runs, changed, compare_log, differences
-from tools.unaccepted_table import build_table
+from tools.conformance.recorded_code import Comparison, RecordedCase, bit_runs, changed, compare_log, differences
+from tools.conformance.unaccepted_table import build_table
 
 _GUID = guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID)
 

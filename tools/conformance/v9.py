@@ -11,7 +11,7 @@ from guest.bitmap import GuestBitmap
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PAGE_SHIFT, PMD_SIZE
 from kernel.unaccepted_memory import UnacceptedMemory
-from tools.recorded_code import (
+from tools.conformance.recorded_code import (
     Comparison,
     RecordedCase,
     bit_runs,

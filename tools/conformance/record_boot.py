@@ -26,11 +26,11 @@ from guest.units import SZ_1M, SZ_64K
 from tdx.events import TdCall
 from tdx.instructions import Instructions
 from tdx.module import TdConfig
-from tools.record_stub import config_tables, map_rows
-from tools.recorded_firmware import start_firmware
-from tools.recorded_td import NO_MCE_MCA_APIC, RecordedTd
+from tools.conformance.record_stub import config_tables, map_rows
+from tools.conformance.recorded_firmware import start_firmware
+from tools.conformance.recorded_td import NO_MCE_MCA_APIC, RecordedTd
+from tools.conformance.unaccepted_table import read_table
 from tools.report import ACCEPT
-from tools.unaccepted_table import read_table
 
 SET_UP = ("id", "name", "cmdline", "descs", "tdx_max_level", "until")
 """Fields of a case that say what is run; the others say what came of it. ``until``: see ``cpu.run.RunOptions``."""

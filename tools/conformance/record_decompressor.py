@@ -25,11 +25,11 @@ from guest.trace import Print
 from guest.units import PAGE_SIZE, SZ_1M, round_up
 from tdx.events import TdCall
 from tdx.instructions import Instructions
-from tools.efi_names import guid_of
-from tools.kaslr import physical_slot, tsc_for, virtual_slot
-from tools.record_stub import TIMEOUT_INSTRUCTIONS
-from tools.recorded_td import RecordedTd
-from tools.unaccepted_table import build_table, read_table
+from tools.conformance.efi_names import guid_of
+from tools.conformance.kaslr_seed import physical_slot, tsc_for, virtual_slot
+from tools.conformance.record_stub import TIMEOUT_INSTRUCTIONS
+from tools.conformance.recorded_td import RecordedTd
+from tools.conformance.unaccepted_table import build_table, read_table
 
 _SETUP_HEADER_AT, _SETUP_HEADER_LENGTH_AT = 0x1F1, 0x201
 _EL64 = 0x3436_4C45

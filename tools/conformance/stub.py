@@ -1,6 +1,6 @@
 """Compare recorded runs of a real EFI stub with runs of the same image on our firmware and TDX module.
 
-A case is a dict: its set-up (``tools.record_stub.SET_UP``), ``input_map``, the memory map at the image's entry, and
+A case is a dict: its set-up (``record_stub.SET_UP``), ``input_map``, the memory map at the image's entry, and
 ``out``, what came of it. These differ without a meaning, and are not compared:
 
 * the system table's address in boot_params (``efi_systab``): where a firmware keeps it is its own choice;
@@ -18,8 +18,8 @@ from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from guest.errors import MemoryFault
 from guest.records import field_extents
 from tdx.status import TDX_PAGE_ALREADY_ACCEPTED
-from tools.left_out import LeftOut
-from tools.record_stub import image_size, run_stub
+from tools.conformance.left_out import LeftOut
+from tools.conformance.record_stub import image_size, run_stub
 
 _DETAIL = 0xFFFF_FFFF
 _COMPARED = (

@@ -22,9 +22,9 @@ from firmware.rng import install_rng
 from firmware.system_table import build_system_table
 from guest.ranges import Range
 from guest.units import PAGE_SHIFT, PAGE_SIZE, SZ_4G
-from tools.efi_names import guid_of
-from tools.recorded_td import RecordedTd
-from tools.unaccepted_table import build_table
+from tools.conformance.efi_names import guid_of
+from tools.conformance.recorded_td import RecordedTd
+from tools.conformance.unaccepted_table import build_table
 
 # What the firmware takes for itself from the top of the RAM below 4 GiB downwards: type and pages.
 _OWN_MEMORY = (

@@ -3,7 +3,7 @@
 A case is a dict: ``memmap``, the EFI memory map in boot_params; where the loader put image, command line, boot_params
 and the table of unaccepted memory; ``max_level``, the largest page that can be accepted; and what came of it.
 ``output`` and ``virt`` are where KASLR put the kernel, at random: the recorded choice is given to our run, which has
-to find its way there (``tools.kaslr``). Without KASLR they are compared as they are.
+to find its way there (``tools.conformance.kaslr_seed``). Without KASLR they are compared as they are.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from bootstub.bzimage import parse_bzimage
-from tools.left_out import LeftOut
-from tools.record_decompressor import run_decompressor
+from tools.conformance.left_out import LeftOut
+from tools.conformance.record_decompressor import run_decompressor
 
 
 def run_case(case: dict[str, Any], image: bytes) -> list[str]:

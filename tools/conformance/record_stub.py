@@ -19,11 +19,11 @@ from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
 from guest.errors import GuestPanic
 from guest.records import GuestRecord, RecordCopy
 from guest.units import PAGE_SIZE, round_up
-from tools.efi_names import guid_name
-from tools.record_calls import RecordingGates
-from tools.recorded_firmware import start_firmware
-from tools.recorded_td import RecordedTd
-from tools.unaccepted_table import read_table
+from tools.conformance.efi_names import guid_name
+from tools.conformance.record_calls import RecordingGates
+from tools.conformance.recorded_firmware import start_firmware
+from tools.conformance.recorded_td import RecordedTd
+from tools.conformance.unaccepted_table import read_table
 
 TIMEOUT_INSTRUCTIONS = 1 << 28
 _ENTERED = "entered kernel"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firmware.memory_descriptor import MemoryDescriptor
-from tools.kaslr import physical_slot, tsc_for, virtual_slot
+from tools.conformance.kaslr_seed import physical_slot, tsc_for, virtual_slot
 
 SZ_2M = 2 << 20
 U64 = st.integers(0, (1 << 64) - 1)

@@ -1,6 +1,6 @@
 """Compare recorded boots of a real kernel to user space with boots of the same image on our firmware and TDX module.
 
-A case is a dict: its set-up (``tools.record_boot.SET_UP``), and what came of it. These differ without a meaning, and
+A case is a dict: its set-up (``record_boot.SET_UP``), and what came of it. These differ without a meaning, and
 are not compared:
 
 * how the run ended (``stop``), and system calls and exceptions: ``/init`` is another program;
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bootstub.bzimage import parse_bzimage
-from tools.conform_stub import first_difference
-from tools.left_out import LeftOut
-from tools.record_boot import run_boot
+from tools.conformance.left_out import LeftOut
+from tools.conformance.record_boot import run_boot
+from tools.conformance.stub import first_difference
 
 _NOT_COMPARED = ("MemFree", "MemAvailable")
 

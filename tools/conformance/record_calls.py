@@ -12,7 +12,7 @@ from firmware.tables import BOOT_SERVICES, RUNTIME_SERVICES
 from guest.gates import CallGates
 from guest.memory import GuestMemory
 from guest.trace import Trace
-from tools.efi_names import guid_name
+from tools.conformance.efi_names import guid_name
 
 Fields = dict[str, Any]
 _PATH_SIZE = 24
