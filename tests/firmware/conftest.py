@@ -66,12 +66,22 @@ def build_lab(ram: RangeSet | int, *, page_level: int = 1, running: bool = False
 
 
 BOOT_SERVICES = {
-    "AllocatePages": 40, "FreePages": 48, "GetMemoryMap": 56, "AllocatePool": 64, "FreePool": 72, "SetTimer": 88,
-    "HandleProtocol": 152, "LocateDevicePath": 184, "InstallConfigurationTable": 192, "ExitBootServices": 232,
-    "LocateProtocol": 320, "CreateEventEx": 368,
+    "RaiseTPL": 24, "RestoreTPL": 32, "AllocatePages": 40, "FreePages": 48, "GetMemoryMap": 56, "AllocatePool": 64,
+    "FreePool": 72, "CreateEvent": 80, "SetTimer": 88, "WaitForEvent": 96, "SignalEvent": 104, "CloseEvent": 112,
+    "CheckEvent": 120, "InstallProtocolInterface": 128, "ReinstallProtocolInterface": 136,
+    "UninstallProtocolInterface": 144, "HandleProtocol": 152, "Reserved": 160, "RegisterProtocolNotify": 168,
+    "LocateHandle": 176, "LocateDevicePath": 184, "InstallConfigurationTable": 192, "LoadImage": 200,
+    "StartImage": 208, "Exit": 216, "UnloadImage": 224, "ExitBootServices": 232, "GetNextMonotonicCount": 240,
+    "Stall": 248, "SetWatchdogTimer": 256, "ConnectController": 264, "DisconnectController": 272, "OpenProtocol": 280,
+    "CloseProtocol": 288, "OpenProtocolInformation": 296, "ProtocolsPerHandle": 304, "LocateHandleBuffer": 312,
+    "LocateProtocol": 320, "InstallMultipleProtocolInterfaces": 328, "UninstallMultipleProtocolInterfaces": 336,
+    "CalculateCrc32": 344, "CopyMem": 352, "SetMem": 360, "CreateEventEx": 368,
 }  # fmt: skip
 RUNTIME_SERVICES = {
-    "GetTime": 24, "SetVirtualAddressMap": 56, "GetVariable": 72, "GetNextVariableName": 80, "QueryVariableInfo": 128
+    "GetTime": 24, "SetTime": 32, "GetWakeupTime": 40, "SetWakeupTime": 48, "SetVirtualAddressMap": 56,
+    "ConvertPointer": 64, "GetVariable": 72, "GetNextVariableName": 80, "SetVariable": 88,
+    "GetNextHighMonotonicCount": 96, "ResetSystem": 104, "UpdateCapsule": 112, "QueryCapsuleCapabilities": 120,
+    "QueryVariableInfo": 128,
 }  # fmt: skip
 """Offsets of function pointers in the tables (UEFI 2.10, sections 4.4 and 4.5)."""
 

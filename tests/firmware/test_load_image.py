@@ -11,7 +11,9 @@ from guest.errors import FormatError, GuestPanic
 
 LOADED_IMAGE = "5b1b31a1-9562-11d2-8e3f-00a0c969723b"
 LOAD_FILE2 = "4006c0c1-fcb3-403e-996d-4a6c8724e06d"
-INITRD_MEDIA = "5568e427-68fc-4f3d-ac74-ca555231cc68"
+DEVICE_PATH = "09576e91-6d3f-11d2-8e39-00a0c969723b"
+KERNEL_DEVICE = bytes.fromhex("0403140072f728144ab61e44b8c39ebdd7f893c77fff0400")
+"""A vendor media node with OVMF's GUID for files of QEMU's, and the end node."""
 SCRATCH = 0x10_0000
 SUCCESS, BUFFER_TOO_SMALL, NOT_FOUND = 0, 1 << 63 | 5, 1 << 63 | 14
 SECTIONS = [(0x1800, 0x1000, 0x800, b"k" * 0x800)]
@@ -85,7 +87,10 @@ def test_the_loaded_image_has_the_command_line(efi, pe_image, cmdline):
         loaded_image_of(efi, handle)
     )
     assert (revision, table, base, image_size, code, kind) == (0x1000, efi.system_table, 0x100_0000, 0x3800, 1, 2)
-    assert (parent, device, path, reserved, unload) == (0, 0, 0, 0, 0)
+    assert (parent, reserved, unload) == (0, 0, 0)
+    assert efi.call("HandleProtocol", device, efi.guid(DEVICE_PATH), SCRATCH) == SUCCESS
+    assert efi.memory.read(efi.memory.read_uint(SCRATCH, 8), 24) == KERNEL_DEVICE
+    assert efi.memory.read(path, 22) == b"\x04\x04\x12\x00" + "kernel\0".encode("utf-16-le") + b"\x7f\xff\x04\x00"
     if cmdline:
         assert efi.memory.read(options, size) == (cmdline + "\0").encode("utf-16-le")
     else:
