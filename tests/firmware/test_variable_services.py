@@ -251,7 +251,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_any_order_of_changes(steps) -> None:
     """Against a model: a dictionary of attributes and bytes, and one rule for each refusal."""
