@@ -31,8 +31,8 @@ _GROUP_OF_TYPE = {
 _TYPES = {kind | notify for kind in (0, int(_TIMER)) for notify in (0, int(_WAIT), int(_SIGNAL))} | set(_GROUP_OF_TYPE)
 _TIMER_CANCEL, _TIMER_PERIODIC, _TIMER_RELATIVE = range(3)
 _MASK32 = 0xFFFF_FFFF
-_MAX_EVENTS = 1 << 16
-_MAX_WAITS = 1 << 16
+_MAX_CHECKS = 1 << 17
+"""Events that one WaitForEvent() looks at before the firmware takes it that none will ever be signalled."""
 
 
 class EventServices:
@@ -111,13 +111,13 @@ class EventServices:
 
     def wait_for_event(self, count: int, events_at: int, index_at: int) -> int:
         """WaitForEvent(): time passes until one of the events is signalled. One that never is ends the guest."""
-        if count == 0 or 0 in (events_at, index_at) or count > _MAX_EVENTS:
+        if count == 0 or 0 in (events_at, index_at) or count > _MAX_CHECKS:
             return EfiStatus.EFI_INVALID_PARAMETER
         if self._events.tpl != TPL_APPLICATION:
             return EfiStatus.EFI_UNSUPPORTED
         memory = self._machine.memory
         addresses = [memory.read_uint(events_at + 8 * number, 8) for number in range(count)]
-        for _ in range(_MAX_WAITS):
+        for _ in range(_MAX_CHECKS // count):
             for index, address in enumerate(addresses):
                 status = self.check_event(address)
                 if status != EfiStatus.EFI_NOT_READY:

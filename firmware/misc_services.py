@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 
 from firmware.boot_services import EfiServices, Handler
 from firmware.counter import MonotonicCounter
 from firmware.efi_types import EfiStatus
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES, seal
+from guest.memory import AccessKind
 from guest.records import GuestRecord
 from guest.units import SZ_16M
 
+_PIECE = SZ_16M
+"""What is copied or set at a time."""
 _NS_PER_US, _NS_PER_S = 1_000, 1_000_000_000
 _MAX_RESERVED_CODE = 0xFFFF
 """Watchdog codes up to here are the firmware's (section 7.5.1)."""
@@ -89,9 +91,11 @@ class MiscServices:
 
     def copy_mem(self, destination: int, source: int, length: int) -> int:
         """CopyMem(): the two may overlap. It has no status."""
-        pieces = list(_pieces(length))
-        for at, size in pieces if destination <= source else reversed(pieces):
-            self._guest.write(destination + at, self._guest.read(source + at, size))
+        self._check(source, length, "read")
+        self._check(destination, length, "write")
+        offsets = range(0, length, _PIECE)
+        for at in offsets if destination <= source else reversed(offsets):
+            self._guest.write(destination + at, self._guest.read(source + at, min(_PIECE, length - at)))
         return EfiStatus.EFI_SUCCESS
 
     def set_mem(self, buffer: int, size: int, value: int) -> int:
@@ -100,11 +104,11 @@ class MiscServices:
         if byte == 0 and size:
             self._guest.clear(buffer, buffer + size)
             return EfiStatus.EFI_SUCCESS
-        for at, length in _pieces(size):
-            self._guest.write(buffer + at, bytes([byte]) * length)
+        self._check(buffer, size, "write")
+        for at in range(0, size, _PIECE):
+            self._guest.write(buffer + at, bytes([byte]) * min(_PIECE, size - at))
         return EfiStatus.EFI_SUCCESS
 
-
-def _pieces(size: int) -> Iterator[tuple[int, int]]:
-    """``size`` bytes as (offset, length), 16 MiB at most at a time."""
-    return ((at, min(SZ_16M, size - at)) for at in range(0, size, SZ_16M))
+    def _check(self, start: int, size: int, kind: AccessKind) -> None:
+        """Nothing is done unless all of the range can be accessed. Raises ``MemoryFault``."""
+        next(self._guest.views(start, start + size, kind), None)

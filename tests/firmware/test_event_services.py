@@ -228,7 +228,7 @@ def test_waiting_for_nothing_is_a_dead_guest(efi, log, monkeypatch):
     with pytest.raises(GuestPanic, match="nothing signals any of the events"):
         wait(efi, event)
     efi.call("SetTimer", other, PERIODIC, 0)
-    monkeypatch.setattr("firmware.event_services._MAX_WAITS", 100)
+    monkeypatch.setattr("firmware.event_services._MAX_CHECKS", 100)
     with pytest.raises(GuestPanic, match="nothing signals any of the events"):
         wait(efi, event)
 
