@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from firmware.boot_services import EfiServices, Image
-from firmware.device_path import END_NODE, file_path, vendor_media
+from firmware.device_path import END_NODE, file_path, first_instance, vendor_media
 from firmware.efi_types import (
     EFI_DEVICE_PATH_PROTOCOL_GUID,
     EFI_LOAD_FILE2_PROTOCOL_GUID,
@@ -97,10 +97,20 @@ def install_loaded_image(services: EfiServices, image: Image, cmdline: str = "",
 
 
 def install_initrd(services: EfiServices, initrd: bytes) -> None:
-    """Offer the initrd by LoadFile2 on a handle with Linux's initrd media GUID."""
+    """Offer the initrd by LoadFile2 on a handle whose device path is Linux's initrd media GUID.
+
+    Source of the checks: edk2 OvmfPkg/QemuKernelLoaderFsDxe, InitrdLoadFile2().
+    """
 
     def load_file(this: int, path: int, boot_policy: int, size_at: int, buffer: int) -> int:
         memory = services.machine.memory
+        if boot_policy & 0xFF:
+            return EfiStatus.EFI_UNSUPPORTED
+        rest = first_instance(memory.read, path) if path else None
+        if size_at == 0 or rest is None:
+            return EfiStatus.EFI_INVALID_PARAMETER
+        if rest:
+            return EfiStatus.EFI_NOT_FOUND
         room = memory.read_uint(size_at, 8)
         memory.write_uint(size_at, len(initrd), 8)
         if buffer == 0 or room < len(initrd):
