@@ -53,6 +53,8 @@ class Events:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._events: dict[int, Event] = {}
+        self._own: list[Event] = []
+        """The firmware's own, which have no EFI_EVENT."""
         self._queue: list[Event] = []
         self.tpl = TPL_APPLICATION
 
@@ -62,8 +64,7 @@ class Events:
 
     def on_group(self, group: UUID, notify: Callable[[], None]) -> None:
         """Call ``notify``, the firmware's own, when ``group`` is signalled."""
-        event = Event(EventType.EVT_NOTIFY_SIGNAL, TPL_NOTIFY, notify, guid_bytes(group))
-        self.add(-len(self._events) - 1, event)  # nobody has its EFI_EVENT
+        self._own.append(Event(EventType.EVT_NOTIFY_SIGNAL, TPL_NOTIFY, notify, guid_bytes(group)))
 
     def find(self, address: int) -> Event | None:
         """The event behind an EFI_EVENT."""
@@ -88,14 +89,12 @@ class Events:
             return
         event.signaled = True
         if event.type & EventType.EVT_NOTIFY_SIGNAL:
-            members = [other for other in self._events.values() if event.group and other.group == event.group]
-            self._enqueue(members or [event])
+            self._enqueue(self._members(event.group) if event.group else [event])
         self.dispatch()
 
     def signal_group(self, group: UUID) -> None:
         """Tell every event of ``group``."""
-        wanted = guid_bytes(group)
-        self._enqueue([event for event in self._events.values() if event.group == wanted])
+        self._enqueue(self._members(guid_bytes(group)))
         self.dispatch()
 
     def check(self, event: Event) -> bool:
@@ -137,6 +136,9 @@ class Events:
         """No timer expires any more."""
         for event in self._events.values():
             event.due = None
+
+    def _members(self, group: bytes) -> list[Event]:
+        return [event for event in (*self._own, *self._events.values()) if event.group == group]
 
     def _enqueue(self, events: list[Event]) -> None:
         self._queue += [event for event in events if event not in self._queue]

@@ -59,8 +59,7 @@ def load_image(services: EfiServices, fw_cfg: FwCfg) -> LoadedImage:
     image = load_pe(services, fw_cfg.kernel)
     if image is None:
         raise services.machine.panic(f"LoadImage: no room for {_pages_of(parse_pe(fw_cfg.kernel)):#x} bytes")
-    handle = install_loaded_image(services, image, cmdline=fw_cfg.cmdline)
-    services.images[handle] = replace(image, started=True)
+    handle = install_loaded_image(services, replace(image, started=True), cmdline=fw_cfg.cmdline)
     protocol = services.handles.interfaces(handle)[guid_bytes(EFI_LOADED_IMAGE_PROTOCOL_GUID)]
     record = GuestRecord(services.machine.memory, protocol.address, EFI_LOADED_IMAGE_PROTOCOL)
     record["DeviceHandle"] = _install_path(services, vendor_media(QEMU_KERNEL_LOADER_FS_MEDIA_GUID))
