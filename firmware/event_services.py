@@ -28,7 +28,8 @@ _GROUP_OF_TYPE = {
     EVT_SIGNAL_EXIT_BOOT_SERVICES: EFI_EVENT_GROUP_EXIT_BOOT_SERVICES,
     EVT_SIGNAL_VIRTUAL_ADDRESS_CHANGE: EFI_EVENT_GROUP_VIRTUAL_ADDRESS_CHANGE,
 }
-_TYPES = {kind | notify for kind in (0, int(_TIMER)) for notify in (0, int(_WAIT), int(_SIGNAL))} | set(_GROUP_OF_TYPE)
+_TYPES = {kind | notify for kind in (0, int(_TIMER)) for notify in (0, int(_WAIT), int(_SIGNAL))}
+"""The other types, each with or without EVT_RUNTIME."""
 _TIMER_CANCEL, _TIMER_PERIODIC, _TIMER_RELATIVE = range(3)
 _MASK32 = 0xFFFF_FFFF
 _MAX_CHECKS = 1 << 17
@@ -146,7 +147,7 @@ class EventServices:
 
     def _create(self, type: int, tpl: int, function: int, context: int, group: bytes | None, event_at: int) -> int:
         type &= _MASK32
-        if event_at == 0 or (type not in _TYPES and type & ~int(_RUNTIME) not in _TYPES):
+        if event_at == 0 or (type not in _GROUP_OF_TYPE and type & ~int(_RUNTIME) not in _TYPES):
             return EfiStatus.EFI_INVALID_PARAMETER
         notifies = type & (_WAIT | _SIGNAL)
         if notifies and (function == 0 or not TPL_APPLICATION < tpl < TPL_HIGH_LEVEL):

@@ -84,6 +84,7 @@ def test_a_function_that_waits_is_asked(efi):
         (1, 0, True, True),
         (0x400, 0, True, True),
         (EXIT | WAIT, CALLBACK, True, True),
+        (EXIT | RUNTIME, CALLBACK, True, True),
     ],
 )
 def test_events_that_cannot_be(efi, log, type, tpl, function, event_at):

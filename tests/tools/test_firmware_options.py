@@ -139,6 +139,17 @@ def test_secure_boot_in_real_code(debian_kernel, variables, state):
     assert boot.boot_params[SECURE_BOOT] == state
 
 
+def test_a_real_kernel_locks_itself_down(command, debian_kernel):
+    """6.12 is told by its stub that secure boot is on, and takes the generator's seed."""
+    line = "secureboot: Secure boot enabled"
+    words = ("--variable", "SecureBoot=01", "--offer", "rng", "--until", line)
+    answer = command("boot", "--kernel", debian_kernel, "--run", "kernel", *words)
+    assert answer.status == 0
+    assert "Kernel is locked down from EFI Secure Boot" in answer.out
+    (tables,) = [row for row in answer.out.splitlines() if "efi: ACPI 2.0=" in row]
+    assert " RNG=0x" in tables
+
+
 def test_the_dump_names_the_state(command, tmp_path):
     """``boot --variable SecureBoot=01`` saves boot_params whose dump says enabled."""
     assert command("boot", "--until", "efi-stub", "--variable", "SecureBoot=01", "--save", tmp_path).status == 0
