@@ -205,6 +205,8 @@ class ProtocolServices:
         if self._guest.read(protocol, _GUID_SIZE) != _DEVICE_PATH:
             return False
         path = first_instance(self._guest.read, interface)
+        if path is None:
+            return False
         carried = [self._handles.interfaces(handle)[_DEVICE_PATH] for handle in self._handles.carriers(_DEVICE_PATH)]
         return any(first_instance(self._guest.read, each.address) == path for each in carried)
 
