@@ -169,9 +169,13 @@ class EfiCalls:
             self.free_pool(table)
             raise EfiError(status)
 
-    def get_variable(self, name: str, vendor: UUID, size: int = 1) -> tuple[int, int]:
-        """GetVariable() into ``size`` bytes, 8 at most: status and value. Slot 1 has the size that it says."""
-        status = self._get_variable(name, vendor, size, self.slot(2) if size else 0)
+    def get_variable(self, name: str, vendor: UUID, size: int = 1, attributes: bool = False) -> tuple[int, int]:
+        """GetVariable() into ``size`` bytes, 8 at most: status and value.
+
+        Slot 1 has the size that it says and, if they are wanted, slot 3 the ``attributes``.
+        """
+        wanted = self.slot(3) if attributes else 0
+        status = self._get_variable(name, vendor, size, self.slot(2) if size else 0, wanted)
         return status, self.load(2) & (1 << 8 * size) - 1
 
     def read_variable(self, name: str, vendor: UUID, at: int, size: int) -> int:
@@ -180,11 +184,20 @@ class EfiCalls:
             return 0
         return self.load(1)
 
-    def _get_variable(self, name: str, vendor: UUID, size: int, data: int) -> int:
+    def set_variable(self, name: str, vendor: UUID, attributes: int, data: bytes) -> int:
+        """SetVariable() to ``data``, 8 bytes at most; returns the status."""
+        at = self.slot(2, int.from_bytes(data, "little"))
+        return self.runtime("SetVariable", *self._variable_name(name, vendor), attributes, len(data), at)
+
+    def _get_variable(self, name: str, vendor: UUID, size: int, data: int, attributes: int = 0) -> int:
+        name_at, vendor_at = self._variable_name(name, vendor)
+        return self.runtime("GetVariable", name_at, vendor_at, attributes, self.slot(1, size), data)
+
+    def _variable_name(self, name: str, vendor: UUID) -> tuple[int, int]:
+        """Addresses of the name and of its GUID."""
         text = (name + "\0").encode("utf-16-le")
         name_at = self.bytes_at_scratch(text)
-        vendor_at = self.bytes_at_scratch(guid_bytes(vendor), behind=len(text))
-        return self.runtime("GetVariable", name_at, vendor_at, 0, self.slot(1, size), data)
+        return name_at, self.bytes_at_scratch(guid_bytes(vendor), behind=len(text))
 
     def print(self, text: str) -> None:
         """efi_printk(): a line on the console."""

@@ -23,6 +23,7 @@ from bootstub.stub import Stub
 from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
 from firmware import efi_types
 from firmware.efi_types import EfiMemoryType, EfiStatus
+from firmware.variables import DEFAULT_ATTRIBUTES
 from guest.units import round_down, round_up
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def _run(stub: Stub) -> int:
     if not stub.options.noinitrd:
         stub.load_initrd()
     params["secure_boot"] = stub.secure_boot()
-    efi.get_variable("MemoryOverwriteRequestControl", efi_types.MEMORY_ONLY_RESET_CONTROL_GUID)
+    _enable_reset_attack_mitigation(stub)
     install_random_seed(efi)
     _find_measurement(stub)
     for guid in (
@@ -81,6 +82,14 @@ def _reported(stub: Stub, message: str, step: Callable[[], T]) -> T:
     except EfiError:
         stub.efi.print_error(message)
         raise
+
+
+def _enable_reset_attack_mitigation(stub: Stub) -> None:
+    """efi_enable_reset_attack_mitigation(): if the firmware can, it is to wipe memory at the next start (tpm.c)."""
+    name, vendor = "MemoryOverwriteRequestControl", efi_types.MEMORY_ONLY_RESET_CONTROL_GUID
+    status, _ = stub.efi.get_variable(name, vendor, size=0)
+    if status != EfiStatus.EFI_NOT_FOUND:
+        stub.efi.set_variable(name, vendor, DEFAULT_ATTRIBUTES, b"\1")
 
 
 def _find_measurement(stub: Stub) -> None:

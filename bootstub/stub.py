@@ -14,11 +14,13 @@ from firmware.efi_types import (
     EFI_GLOBAL_VARIABLE_GUID,
     EFI_LOAD_FILE2_PROTOCOL_GUID,
     EFI_LOADED_IMAGE_PROTOCOL_GUID,
+    EFI_SHIM_LOCK_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
     EfiStatus,
     guid_bytes,
 )
 from firmware.tables import EFI_LOAD_FILE2_PROTOCOL, EFI_LOADED_IMAGE_PROTOCOL
+from firmware.variables import VariableAttribute
 from guest.machine import Machine
 from guest.records import GuestRecord
 from tdx.guest import PlatformAccept
@@ -90,15 +92,25 @@ class Stub:
             self.params[f"ext_ramdisk_{name}"] = value >> 32
 
     def secure_boot(self) -> int:
-        """efi_get_secureboot(): by the variables SecureBoot and SetupMode; a missing variable means disabled."""
+        """efi_get_secureboot(): by SecureBoot and SetupMode, and shim's MokSBStateRT, which can switch it off.
+
+        MokSBStateRT counts only if it is volatile: nobody but shim can have written it then.
+        """
         status, secure_boot = self.efi.get_variable("SecureBoot", EFI_GLOBAL_VARIABLE_GUID)
-        if status == EfiStatus.EFI_SUCCESS:
-            status, setup_mode = self.efi.get_variable("SetupMode", EFI_GLOBAL_VARIABLE_GUID)
         if status == EfiStatus.EFI_NOT_FOUND:
             return EFI_SECURE_BOOT_DISABLED
         if status != EfiStatus.EFI_SUCCESS:
+            self.efi.print_error("Could not determine UEFI Secure Boot status.")
             return EFI_SECURE_BOOT_UNKNOWN
-        return EFI_SECURE_BOOT_ENABLED if secure_boot and not setup_mode else EFI_SECURE_BOOT_DISABLED
+        status, setup_mode = self.efi.get_variable("SetupMode", EFI_GLOBAL_VARIABLE_GUID)
+        if secure_boot == 0 or (status == EfiStatus.EFI_SUCCESS and setup_mode == 1):
+            return EFI_SECURE_BOOT_DISABLED
+        status, insecure = self.efi.get_variable("MokSBStateRT", EFI_SHIM_LOCK_GUID, attributes=True)
+        volatile = not self.efi.load(3) & VariableAttribute.EFI_VARIABLE_NON_VOLATILE
+        if status == EfiStatus.EFI_SUCCESS and volatile and insecure == 1:
+            return EFI_SECURE_BOOT_DISABLED
+        self.info("UEFI Secure Boot is enabled.")
+        return EFI_SECURE_BOOT_ENABLED
 
     def exit_boot(self) -> None:
         """exit_boot(): boot services end, and boot_params gets its e820 table. Raises ``EfiError``."""

@@ -17,6 +17,7 @@ from cpu.exceptions import NAMES, WITH_ERROR_CODE, deliver
 from cpu.exits import NO_VE, InstructionExits, VeConfig
 from cpu.interrupts import Interrupts
 from cpu.paging import translate
+from guest.gates import CallGate
 from guest.machine import Machine
 from guest.memory import AccessKind, PhysicalMemory
 from guest.ranges import RangeSet
@@ -188,7 +189,7 @@ class Vcpu:
         rip = self.state.rip
         gate = self._machine.gates.at(rip)
         if gate is not None:
-            self._call_gate(rip, gate.nargs)
+            self._call_gate(rip, gate)
         elif self.read(rip, len(_TDCALL)) == _TDCALL:
             self._tdcall()
             self.state.rip = rip + len(_TDCALL)
@@ -196,13 +197,20 @@ class Vcpu:
             self._deliver(6)
         return True
 
-    def _call_gate(self, address: int, nargs: int) -> None:
+    def _call_gate(self, address: int, gate: CallGate) -> None:
         regs, stack = self.state.regs, self.state.regs[RSP]
-        args = [regs[RCX], regs[RDX], regs[8], regs[9]][:nargs]
-        for number in range(4, nargs):
-            args.append(int.from_bytes(self.read(stack + _SHADOW_SPACE + 8 * (number - 4), 8), "little"))
-        status = self._machine.call(address, *args)
-        regs[RAX] = status
+        in_registers = (regs[RCX], regs[RDX], regs[8], regs[9])
+
+        def argument(number: int) -> int:
+            if number < len(in_registers):
+                return in_registers[number]
+            return int.from_bytes(self.read(stack + _SHADOW_SPACE + 8 * (number - len(in_registers)), 8), "little")
+
+        self._machine.caller = self
+        try:
+            regs[RAX] = self._machine.call(address, *gate.arguments(argument))
+        finally:
+            self._machine.caller = self._machine.memory
         self.state.rip = int.from_bytes(self.read(stack, 8), "little")
         regs[RSP] = stack + 8
 

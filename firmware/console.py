@@ -6,13 +6,11 @@ EFI_UNSUPPORTED, which the trace shows.
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 import construct as c
 
 from firmware.boot_services import EfiServices
+from firmware.char16 import read_char16
 from firmware.efi_types import EfiMemoryType, EfiStatus
-from guest.memory import GuestMemory
 
 _FUNCTIONS = (
     ("Reset", 2),
@@ -26,8 +24,6 @@ _FUNCTIONS = (
     ("EnableCursor", 2),
 )
 EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL = c.Struct(*(name / c.Int64ul for name, _ in _FUNCTIONS), "Mode" / c.Int64ul)
-_MAX_LENGTH = 4096
-"""Characters of one string; the specification has no limit, a string that does not end has."""
 
 
 def install_console(services: EfiServices) -> int:
@@ -40,17 +36,14 @@ def install_console(services: EfiServices) -> int:
             machine.print(each.rstrip("\r"))
         return EfiStatus.EFI_SUCCESS
 
+    def unsupported(*args: int) -> int:
+        return EfiStatus.EFI_UNSUPPORTED
+
     code = EfiMemoryType.EfiBootServicesCode
     gates = [
-        services.install_gates((function,), code, output_string if function[0] == "OutputString" else None)[0]
+        services.install_gates((function,), code, output_string if function[0] == "OutputString" else unsupported)[0]
         for function in _FUNCTIONS
     ]
     fields = {name: gate for (name, _), gate in zip(_FUNCTIONS, gates, strict=True)}
     protocol = EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL.build(fields | {"Mode": 0})
     return services.arena.put(EfiMemoryType.EfiBootServicesData, protocol)
-
-
-def read_char16(memory: GuestMemory, gpa: int) -> str:
-    """The null-terminated string of 16-bit characters at ``gpa``."""
-    units = (memory.read(gpa + 2 * number, 2) for number in range(_MAX_LENGTH))
-    return b"".join(takewhile(lambda unit: unit != b"\0\0", units)).decode("utf-16-le", errors="replace")

@@ -95,6 +95,13 @@ class MemoryMap:
             self._uses.assign(low, high, Use(type, int(attribute)))
         self.key += 1
 
+    def add(self, fixed: MemoryDescriptor, type: int, attribute: int) -> None:
+        """Let the allocator own the range of a ``fixed`` descriptor, which is listed no more, as ``type``."""
+        self._fixed.remove(fixed)
+        self._regions.append(Range(fixed.start, fixed.end))
+        self._uses.assign(fixed.start, fixed.end, Use(type, attribute))
+        self.key += 1
+
     def find(self, type: int, size: int) -> int | None:
         """Start of the first range of ``type`` that has ``size`` bytes, or None."""
         for d in self.descriptors():

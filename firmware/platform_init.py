@@ -17,7 +17,9 @@ from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import low_memory, mmio
 from firmware.paging import build_identity_map
+from firmware.setup import DEFAULT_SETUP, Setup, install_offers
 from firmware.system_table import build_system_table
+from firmware.variables import VariableStore
 from guest.machine import Machine
 from guest.units import SZ_128M
 
@@ -34,7 +36,9 @@ _ALLOCATOR_TYPES = frozenset(EfiMemoryType) - {
 """What GetMemoryMap() takes from the page allocator; the rest comes from the GCD map, behind it."""
 
 
-def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None) -> MemoryMap:
+def firmware(
+    machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None, setup: Setup = DEFAULT_SETUP
+) -> MemoryMap:
     """Run the firmware on the HOB list at RCX.
 
     It leaves the image handle in RCX, the system table in RDX, a stack in RSP and the entry point in RIP. With
@@ -44,13 +48,14 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     resources = read_hob_list(machine.memory, machine.regs.rcx)
     memory_map = _given_map(given_map) if given_map is not None else _ovmf_map(machine, resources, fw_cfg.pci_express)
     arena = Arena(machine.memory, memory_map)
-    services = EfiServices(machine, memory_map, arena)
+    services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
     guid = arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(ACPI_20_TABLE_GUID))
-    services.install_configuration_table(guid, build_acpi(arena))
+    services.handlers["InstallConfigurationTable"](guid, build_acpi(arena))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
+    install_offers(services, setup)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
     machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 from firmware.boot_services import EfiServices
 from firmware.console import install_console
 from firmware.efi_types import EfiMemoryType
+from firmware.service_table import all_handlers
 from firmware.tables import (
     BOOT_SERVICES,
     EFI_2_70_SYSTEM_TABLE_REVISION,
@@ -28,8 +29,10 @@ FIRMWARE_REVISION = 1 << 16
 def build_system_table(services: EfiServices) -> int:
     """Write the tables, sealed with their CRC32; returns the address of the system table.
 
-    The configuration table is empty: tables are installed by InstallConfigurationTable().
+    The configuration table is empty: tables are installed by InstallConfigurationTable(). A service that has a
+    handler already keeps it.
     """
+    services.handlers = all_handlers(services) | services.handlers
     data = EfiMemoryType.EfiRuntimeServicesData
     boot = _service_table(
         services, EFI_BOOT_SERVICES, EFI_BOOT_SERVICES_SIGNATURE, BOOT_SERVICES,

@@ -56,13 +56,16 @@ BOOT_SERVICES = (
     ("ProtocolsPerHandle", 3),
     ("LocateHandleBuffer", 5),
     ("LocateProtocol", 3),
-    ("InstallMultipleProtocolInterfaces", 4),
-    ("UninstallMultipleProtocolInterfaces", 4),
+    ("InstallMultipleProtocolInterfaces", 1),
+    ("UninstallMultipleProtocolInterfaces", 1),
     ("CalculateCrc32", 3),
     ("CopyMem", 3),
     ("SetMem", 3),
     ("CreateEventEx", 6),
 )
+
+VARIADIC = frozenset({"InstallMultipleProtocolInterfaces", "UninstallMultipleProtocolInterfaces"})
+"""Services whose arguments end with (EFI_GUID *, interface) pairs, up to a null EFI_GUID *."""
 
 RUNTIME_SERVICES = (
     ("GetTime", 2),

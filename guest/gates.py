@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from guest.errors import GuestPanic
 from guest.trace import ServiceCall, Trace
 
+_MAX_ARGUMENTS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class CallGate:
@@ -23,6 +25,21 @@ class CallGate:
     name: str
     nargs: int
     handler: Callable[..., int]
+    variadic: bool = False
+    """Behind the ``nargs``, pairs of arguments follow, up to one whose first word is null."""
+
+    def arguments(self, nth: Callable[[int], int]) -> tuple[int, ...]:
+        """The arguments of one call, where ``nth`` gives the argument with a number.
+
+        Of a variadic service, the null at their end is the last one; it is missing if they do not end.
+        """
+        args = [nth(number) for number in range(self.nargs)]
+        while self.variadic and len(args) < _MAX_ARGUMENTS:
+            args.append(nth(len(args)))
+            if args[-1] == 0:
+                break
+            args.append(nth(len(args)))
+        return tuple(args)
 
 
 class CallGates:
@@ -47,7 +64,7 @@ class CallGates:
         gate = self._gates.get(address)
         if gate is None:
             raise GuestPanic(self._trace.stage, f"call to {address:#x}, where no firmware service is")
-        if len(args) != gate.nargs:
+        if len(args) != gate.nargs and not (gate.variadic and len(args) > gate.nargs):
             raise ValueError(f"{gate.name}: found {len(args)} arguments, expected {gate.nargs}")
         status = gate.handler(*args)
         self._trace.add(ServiceCall(gate.name, args, status))

@@ -34,6 +34,18 @@ class Platform(Gate, Protocol):
         ...
 
 
+class CallerMemory(Protocol):
+    """Memory at the addresses that the caller of a service uses: an operating system's are virtual."""
+
+    def read(self, address: int, size: int, /) -> bytes:
+        """The ``size`` bytes at ``address``."""
+        ...
+
+    def write(self, address: int, data: bytes, /) -> None:
+        """Store ``data`` at ``address``."""
+        ...
+
+
 @dataclass(slots=True)
 class Machine:
     """All that a stage gets: memory behind the gate, registers, call gates, CPU instructions, trace, clock, chance."""
@@ -45,6 +57,8 @@ class Machine:
     trace: Trace
     clock: VirtualClock
     entropy: Chance
+    caller: CallerMemory
+    """Memory as whoever calls a service sees it."""
 
     @classmethod
     def build(
@@ -52,7 +66,7 @@ class Machine:
     ) -> Machine:
         """A machine whose memory is ``physical`` behind the gate of ``platform``; ``seed`` decides its chance."""
         memory = GuestMemory(physical, platform, trace)
-        return cls(memory, Registers(), CallGates(trace), platform, trace, clock, Entropy(clock, seed))
+        return cls(memory, Registers(), CallGates(trace), platform, trace, clock, Entropy(clock, seed), memory)
 
     def call(self, address: int, *args: int) -> int:
         """Call the firmware service at ``address``; returns its EFI_STATUS."""

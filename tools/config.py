@@ -180,6 +180,22 @@ def _seed(text: str) -> int:
     return _number("--seed", text, 0, _MAX_SEED)
 
 
+def _variables(texts: Iterable[str]) -> Any:
+    from tools.variables import parse_variables
+
+    return parse_variables(texts)
+
+
+def _offers(text: str) -> tuple[str, ...]:
+    from firmware.setup import OFFERS
+
+    names = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
+    if not set(names) <= set(OFFERS):
+        expected = f"some of {','.join(OFFERS)}, or none"
+        raise FormatError("--offer", found=repr(text[:80]), expected=expected, source=_SOURCE)
+    return names
+
+
 def _script(path: str) -> Any:
     from kernel.runtime import parse_script
 
@@ -220,6 +236,16 @@ OPTIONS = (
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9 (default) or mainline", "protocol", _protocol),
     Option(
+        "variable", "NAME[-GUID][:ATTRIBUTES]=VALUE",
+        "a variable of the firmware, can be repeated; VALUE: hexadecimal bytes, text:TEXT, utf16:TEXT or @FILE; "
+        "ATTRIBUTES: some of nv,bs,rt; GUID and attributes of well-known variables, such as SecureBoot, are known",
+        "variables", _variables, many=True,
+    ),
+    Option(
+        "offer", "LIST", "protocols that the firmware offers: edkii-accept (default), sev-accept, rng; or none",
+        "offers", _offers,
+    ),
+    Option(
         "host-page-size", "SIZE", "largest page the host backs private memory with: 2M (default), 4K or mixed",
         "host_level", _choice("--host-page-size", _HOST_LEVELS),
     ),
@@ -229,7 +255,7 @@ OPTIONS = (
     ),
     Option("run", "DEPTH", "run the kernel image's own code: stub, decompressor or kernel", "run", _run),
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
-    Option("seed", "N", "seed of RDRAND and of the start of the TSC (default 0)", "seed", _seed),
+    Option("seed", "N", "seed of RDRAND, the start of the TSC and the firmware's generator (default 0)", "seed", _seed),
     Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
     Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
     Option(

@@ -21,8 +21,10 @@ from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
+from firmware.setup import DEFAULT_SETUP, Setup
 from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
+from firmware.variables import Variable
 from guest.clock import CostTable, VirtualClock
 from guest.errors import MemoryFault
 from guest.machine import Machine
@@ -68,7 +70,8 @@ class BootConfig:
     with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
-    is random in real code. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
+    is random in real code and in the firmware, which has ``variables`` and, of ``firmware.setup.OFFERS``, ``offers``.
+    ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
     does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
     """
 
@@ -80,6 +83,8 @@ class BootConfig:
     initrd: bytes = b""
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
+    variables: tuple[Variable, ...] = ()
+    offers: tuple[str, ...] = DEFAULT_SETUP.offers
     host_level: Backing | int = LEVEL_2M
     host_ahead: bool = False
     run: str | None = None
@@ -197,7 +202,8 @@ def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
     fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
-    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
+    setup = Setup(config.variables, config.offers, config.seed)
+    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, setup)
 
 
 def _efi_stub(boot: Boot) -> None:

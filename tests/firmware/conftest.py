@@ -6,7 +6,7 @@ Nothing here knows the parsers: offsets are typed from the specifications.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -17,10 +17,13 @@ from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.hob import Resource, read_hob_list
 from firmware.launch import launch_td
+from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN, low_memory, mmio
 from firmware.system_table import build_system_table
+from firmware.variables import Variable, VariableStore
 from guest.clock import CostTable, VirtualClock
+from guest.gates import CallGate
 from guest.machine import Machine
 from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
@@ -66,12 +69,22 @@ def build_lab(ram: RangeSet | int, *, page_level: int = 1, running: bool = False
 
 
 BOOT_SERVICES = {
-    "AllocatePages": 40, "FreePages": 48, "GetMemoryMap": 56, "AllocatePool": 64, "FreePool": 72, "SetTimer": 88,
-    "HandleProtocol": 152, "LocateDevicePath": 184, "InstallConfigurationTable": 192, "ExitBootServices": 232,
-    "LocateProtocol": 320, "CreateEventEx": 368,
+    "RaiseTPL": 24, "RestoreTPL": 32, "AllocatePages": 40, "FreePages": 48, "GetMemoryMap": 56, "AllocatePool": 64,
+    "FreePool": 72, "CreateEvent": 80, "SetTimer": 88, "WaitForEvent": 96, "SignalEvent": 104, "CloseEvent": 112,
+    "CheckEvent": 120, "InstallProtocolInterface": 128, "ReinstallProtocolInterface": 136,
+    "UninstallProtocolInterface": 144, "HandleProtocol": 152, "Reserved": 160, "RegisterProtocolNotify": 168,
+    "LocateHandle": 176, "LocateDevicePath": 184, "InstallConfigurationTable": 192, "LoadImage": 200,
+    "StartImage": 208, "Exit": 216, "UnloadImage": 224, "ExitBootServices": 232, "GetNextMonotonicCount": 240,
+    "Stall": 248, "SetWatchdogTimer": 256, "ConnectController": 264, "DisconnectController": 272, "OpenProtocol": 280,
+    "CloseProtocol": 288, "OpenProtocolInformation": 296, "ProtocolsPerHandle": 304, "LocateHandleBuffer": 312,
+    "LocateProtocol": 320, "InstallMultipleProtocolInterfaces": 328, "UninstallMultipleProtocolInterfaces": 336,
+    "CalculateCrc32": 344, "CopyMem": 352, "SetMem": 360, "CreateEventEx": 368,
 }  # fmt: skip
 RUNTIME_SERVICES = {
-    "GetTime": 24, "SetVirtualAddressMap": 56, "GetVariable": 72, "GetNextVariableName": 80, "QueryVariableInfo": 128
+    "GetTime": 24, "SetTime": 32, "GetWakeupTime": 40, "SetWakeupTime": 48, "SetVirtualAddressMap": 56,
+    "ConvertPointer": 64, "GetVariable": 72, "GetNextVariableName": 80, "SetVariable": 88,
+    "GetNextHighMonotonicCount": 96, "ResetSystem": 104, "UpdateCapsule": 112, "QueryCapsuleCapabilities": 120,
+    "QueryVariableInfo": 128,
 }  # fmt: skip
 """Offsets of function pointers in the tables (UEFI 2.10, sections 4.4 and 4.5)."""
 
@@ -82,6 +95,7 @@ class Efi:
     def __init__(self, lab: Lab, services: EfiServices) -> None:
         self.lab, self.services, self.machine = lab, services, lab.machine
         self.memory = lab.machine.memory
+        self._next = SCRATCH + 0x2_0000
         self.system_table = services.system_table
         self.runtime_services = self.memory.read_uint(self.system_table + 88, 8)
         self.boot_services = self.memory.read_uint(self.system_table + 96, 8)
@@ -91,6 +105,31 @@ class Efi:
         table = self.boot_services if name in BOOT_SERVICES else self.runtime_services
         pointer = self.memory.read_uint(table + (BOOT_SERVICES | RUNTIME_SERVICES)[name], 8)
         return self.machine.call(pointer, *args)
+
+    def put(self, data: bytes) -> int:
+        """Put bytes into memory of the image's own; returns their address."""
+        at = self._next
+        self._next += -(-len(data) // 16) * 16
+        self.memory.write(at, data)
+        return at
+
+    def word(self, value: int = 0) -> int:
+        """A 64-bit variable; returns its address."""
+        return self.put(value.to_bytes(8, "little"))
+
+    def load(self, at: int, size: int = 8) -> int:
+        """The integer at an address."""
+        return self.memory.read_uint(at, size)
+
+    def id(self, guid: str) -> int:
+        """A GUID in memory of its own; returns its address."""
+        return self.put(UUID(guid).bytes_le)
+
+    def function(self, answer: Callable[..., int], nargs: int = 2) -> int:
+        """A function of the image, which the firmware can call; returns its address."""
+        at = self.put(bytes(16))
+        self.machine.gates.install(at, CallGate("function", nargs, answer))
+        return at
 
     def guid(self, guid: str) -> int:
         """Put a GUID where a service can read it; returns its address."""
@@ -136,13 +175,16 @@ class Efi:
         return [(str(UUID(bytes_le=guid)), table) for guid, table in rows]
 
 
-def build_efi(memory: int = 4 << 30) -> Efi:
+def build_efi(memory: int = 4 << 30, variables: Iterable[Variable] = (), unaccepted: bool = False) -> Efi:
+    """``unaccepted``: the map lists what the firmware has not accepted."""
     lab = build_lab(memory)
     launch_td(lab.host, BUILT_IN, [], lab.machine.regs)
     resources: list[Resource] = read_hob_list(lab.machine.memory, lab.machine.regs.rcx)
-    accept_below_4g(lab.machine, resources)
-    memory_map = MemoryMap(low_memory(resources), mmio(True))
-    services = EfiServices(lab.machine, memory_map, Arena(lab.machine.memory, memory_map))
+    left = accept_below_4g(lab.machine, resources)
+    fixed = [MemoryDescriptor.of_range(15, r.start, r.end, 0) for r in left if unaccepted]
+    memory_map = MemoryMap(low_memory(resources), [*mmio(True), *fixed])
+    arena = Arena(lab.machine.memory, memory_map)
+    services = EfiServices(lab.machine, memory_map, arena, VariableStore(variables))
     build_system_table(services)
     return Efi(lab, services)
 

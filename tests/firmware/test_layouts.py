@@ -147,18 +147,24 @@ def test_guids_are_stored_with_three_little_endian_fields():
     "name, value",
     [
         ("EFI_SUCCESS", 0),
+        ("EFI_LOAD_ERROR", 0x8000_0000_0000_0001),
         ("EFI_INVALID_PARAMETER", 0x8000_0000_0000_0002),
         ("EFI_UNSUPPORTED", 0x8000_0000_0000_0003),
         ("EFI_BUFFER_TOO_SMALL", 0x8000_0000_0000_0005),
+        ("EFI_NOT_READY", 0x8000_0000_0000_0006),
+        ("EFI_DEVICE_ERROR", 0x8000_0000_0000_0007),
+        ("EFI_WRITE_PROTECTED", 0x8000_0000_0000_0008),
         ("EFI_OUT_OF_RESOURCES", 0x8000_0000_0000_0009),
         ("EFI_NOT_FOUND", 0x8000_0000_0000_000E),
+        ("EFI_ACCESS_DENIED", 0x8000_0000_0000_000F),
+        ("EFI_ALREADY_STARTED", 0x8000_0000_0000_0014),
     ],
 )
 def test_statuses_have_their_numbers(name, value):
     """EFI_STATUS as in appendix D of the specification, and back to its name."""
     assert EfiStatus[name] == value
     assert status_name(value) == name
-    assert status_name(0x8000_0000_0000_0007) == "0x8000000000000007"
+    assert status_name(0x8000_0000_0000_0077) == "0x8000000000000077"
 
 
 def test_memory_types_have_their_numbers():

@@ -11,9 +11,13 @@ from guest.errors import FormatError, GuestPanic
 
 LOADED_IMAGE = "5b1b31a1-9562-11d2-8e3f-00a0c969723b"
 LOAD_FILE2 = "4006c0c1-fcb3-403e-996d-4a6c8724e06d"
-INITRD_MEDIA = "5568e427-68fc-4f3d-ac74-ca555231cc68"
+DEVICE_PATH = "09576e91-6d3f-11d2-8e39-00a0c969723b"
+KERNEL_DEVICE = bytes.fromhex("0403140072f728144ab61e44b8c39ebdd7f893c77fff0400")
+"""A vendor media node with OVMF's GUID for files of QEMU's, and the end node."""
 SCRATCH = 0x10_0000
-SUCCESS, BUFFER_TOO_SMALL, NOT_FOUND = 0, 1 << 63 | 5, 1 << 63 | 14
+SUCCESS = 0
+INVALID_PARAMETER, UNSUPPORTED, BUFFER_TOO_SMALL, NOT_FOUND = (1 << 63 | n for n in (2, 3, 5, 14))
+END = b"\x7f\xff\x04\x00"
 SECTIONS = [(0x1800, 0x1000, 0x800, b"k" * 0x800)]
 
 
@@ -85,7 +89,10 @@ def test_the_loaded_image_has_the_command_line(efi, pe_image, cmdline):
         loaded_image_of(efi, handle)
     )
     assert (revision, table, base, image_size, code, kind) == (0x1000, efi.system_table, 0x100_0000, 0x3800, 1, 2)
-    assert (parent, device, path, reserved, unload) == (0, 0, 0, 0, 0)
+    assert (parent, reserved, unload) == (0, 0, 0)
+    assert efi.call("HandleProtocol", device, efi.guid(DEVICE_PATH), SCRATCH) == SUCCESS
+    assert efi.memory.read(efi.memory.read_uint(SCRATCH, 8), 24) == KERNEL_DEVICE
+    assert efi.memory.read(path, 22) == b"\x04\x04\x12\x00" + "kernel\0".encode("utf-16-le") + b"\x7f\xff\x04\x00"
     if cmdline:
         assert efi.memory.read(options, size) == (cmdline + "\0").encode("utf-16-le")
     else:
@@ -113,7 +120,8 @@ def load_file(efi, handle: int, room: int, *, null: bool = False) -> tuple[int, 
     this = efi.memory.read_uint(SCRATCH, 8)
     efi.memory.write_uint(size, room, 8)
     efi.memory.write(buffer, b"\xa5" * 0x40)
-    status = efi.machine.call(efi.memory.read_uint(this, 8), this, SCRATCH + 0x100, 0, size, 0 if null else buffer)
+    rest = SCRATCH + 0x100 + 20
+    status = efi.machine.call(efi.memory.read_uint(this, 8), this, rest, 0, size, 0 if null else buffer)
     return status, efi.memory.read_uint(size, 8), efi.memory.read(buffer, 0x40)
 
 
@@ -130,6 +138,21 @@ def test_the_initrd_is_loaded_by_its_device_path(efi):
     assert load_file(efi, handle, 0x1000, null=True) == (BUFFER_TOO_SMALL, 0x30, untouched)
     assert load_file(efi, handle, 0x30) == (SUCCESS, 0x30, initrd + b"\xa5" * 0x10)
     assert load_file(efi, handle, 0x40) == (SUCCESS, 0x30, initrd + b"\xa5" * 0x10)
+
+
+@pytest.mark.parametrize(
+    "path, policy, size, status",
+    [(END, 1, True, UNSUPPORTED), (END, 0, False, INVALID_PARAMETER), (None, 0, True, INVALID_PARAMETER),
+     (b"\x01\x01\x02\x00" + END, 0, True, INVALID_PARAMETER), (INITRD_PATH, 0, True, NOT_FOUND)],
+)  # fmt: skip
+def test_wrong_arguments_of_load_file(efi, path, policy, size, status):
+    """A boot policy, null pointers, a path that is none, and a path to a file behind the device."""
+    install_initrd(efi.services, b"initrd")
+    _, _, handle = locate(efi, INITRD_PATH)
+    efi.call("HandleProtocol", handle, efi.guid(LOAD_FILE2), SCRATCH)
+    this = efi.load(SCRATCH)
+    args = (this, efi.put(path) if path else 0, policy, efi.word(8) if size else 0, 0)
+    assert efi.machine.call(efi.load(this), *args) == status
 
 
 @pytest.mark.parametrize(

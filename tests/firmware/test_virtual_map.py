@@ -44,8 +44,8 @@ def test_pointers_move_and_services_answer_there(efi):
     assert after == [pointer + MOVED for pointer in before]
     number = [name for name, _ in RUNTIME_SERVICES].index("GetVariable")
     for address in (before[number], after[number]):
-        assert efi.machine.call(address, 0, 0, 0, 0, 0) == NOT_FOUND
-        assert efi.machine.trace.records[-1].event == ServiceCall("GetVariable", (0,) * 5, NOT_FOUND)
+        assert efi.machine.call(address, 0, 0, 0, 0, 0) == INVALID_PARAMETER
+        assert efi.machine.trace.records[-1].event == ServiceCall("GetVariable", (0,) * 5, INVALID_PARAMETER)
     for table, size in ((efi.system_table, 120), (efi.runtime_services, 136)):
         data = bytearray(efi.memory.read(table, size))
         crc = int.from_bytes(data[16:20], "little")
@@ -86,4 +86,4 @@ def test_identity_map(efi):
     efi.memory.write(MAP_AT, b"".join(rows))
     assert efi.call("SetVirtualAddressMap", 48 * len(rows), 48, 1, MAP_AT) == SUCCESS
     assert pointers(efi) == before
-    assert efi.call("GetNextVariableName", 0, 0, 0) == NOT_FOUND
+    assert efi.call("GetNextVariableName", 0, 0, 0) == INVALID_PARAMETER

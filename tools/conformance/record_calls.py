@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from firmware.console import read_char16
+from firmware.char16 import read_char16
 from firmware.efi_types import EfiStatus
 from firmware.tables import BOOT_SERVICES, RUNTIME_SERVICES
 from guest.gates import CallGates

@@ -13,12 +13,14 @@ from typing import Any
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.efi_types import EfiMemoryType, EfiStatus
+from firmware.image_services import ImageServices
 from firmware.load_image import FwCfg, LoadedImage, install_initrd, load_image
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor
 from firmware.memory_map import MemoryMap
+from firmware.memory_services import MemoryServices
 from firmware.paging import build_identity_map
 from firmware.platform_init import build_stack
-from firmware.rng import install_rng
+from firmware.rng import install_rng, repeating
 from firmware.system_table import build_system_table
 from guest.ranges import Range
 from guest.units import PAGE_SHIFT, PAGE_SIZE, SZ_4G
@@ -62,18 +64,29 @@ class RecordedServices(EfiServices):
     ebs_mutate: list[list[int]]
     maps: list[list[MemoryDescriptor]] = field(default_factory=list)
     exit_status: int | None = None
+    _memory_services: MemoryServices = field(init=False)
+    _image_services: ImageServices = field(init=False)
 
-    def get_memory_map(self, size_at: int, buffer: int, key_at: int, stride_at: int, version_at: int) -> int:
+    def __post_init__(self) -> None:
+        EfiServices.__post_init__(self)
+        self._memory_services, self._image_services = MemoryServices(self), ImageServices(self)
+        self.handlers = {
+            "GetMemoryMap": self._get_memory_map,
+            "ExitBootServices": self._exit_boot_services,
+            "Exit": self._exit,
+        }
+
+    def _get_memory_map(self, *args: int) -> int:
         """GetMemoryMap(), whose answer is kept."""
-        status = EfiServices.get_memory_map(self, size_at, buffer, key_at, stride_at, version_at)
+        status = self._memory_services.get_memory_map(*args)
         if status == EfiStatus.EFI_SUCCESS:
             self.maps.append(self.memory_map.descriptors())
         return status
 
-    def exit_boot_services(self, image: int, key: int) -> int:
+    def _exit_boot_services(self, image: int, key: int) -> int:
         """ExitBootServices(), after the failures that the case wants."""
         if not self.ebs_fail:
-            return EfiServices.exit_boot_services(self, image, key)
+            return self._image_services.exit_boot_services(image, key)
         self.ebs_fail -= 1
         for _, start, pages, kind in self.ebs_mutate:
             end = start + (pages << PAGE_SHIFT)
@@ -82,10 +95,10 @@ class RecordedServices(EfiServices):
         self.ebs_mutate = []
         return EfiStatus.EFI_INVALID_PARAMETER
 
-    def exit(self, image: int, status: int, size: int, data: int) -> int:
+    def _exit(self, image: int, status: int, size: int, data: int) -> int:
         """Exit(), whose status is kept."""
         self.exit_status = status
-        return EfiServices.exit(self, image, status, size, data)
+        return self._image_services.exit(image, status, size, data)
 
 
 def start_firmware(
@@ -102,7 +115,7 @@ def start_firmware(
     regs.cr3 = build_identity_map(td.machine.memory, services.arena)
     regs.rsp = build_stack(services)
     if "rng" in case:
-        install_rng(services, bytes.fromhex(case["rng"]))
+        install_rng(services, repeating(bytes.fromhex(case["rng"])))
     if "pretable" in case:
         _install_table(services, build_table(**case["pretable"]))
     regs.rcx, regs.rip = loaded.handle, loaded.entry
@@ -134,4 +147,4 @@ def _install_table(services: RecordedServices, table: bytes) -> None:
         raise services.machine.panic("no room for the table of unaccepted memory")
     services.machine.memory.write(at, table)
     guid = services.arena.put(EfiMemoryType.EfiBootServicesData, guid_of("LINUX_UNACCEPTED_MEM_TABLE"))
-    services.install_configuration_table(guid, at)
+    services.handlers["InstallConfigurationTable"](guid, at)

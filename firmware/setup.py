@@ -1,0 +1,37 @@
+"""What a firmware keeps and offers beyond what every one has: variables, and protocols by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from firmware.boot_services import EfiServices
+from firmware.memory_accept import install_memory_accept, install_memory_acceptance
+from firmware.rng import install_rng, seeded
+from firmware.variables import Variable
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """``offers`` are keys of ``OFFERS``; ``seed`` decides what is random."""
+
+    variables: tuple[Variable, ...] = ()
+    offers: tuple[str, ...] = ("edkii-accept",)
+    seed: int = 0
+
+
+DEFAULT_SETUP = Setup()
+
+OFFERS: dict[str, Callable[[EfiServices, Setup], None]] = {
+    "edkii-accept": lambda services, setup: install_memory_accept(services),
+    "sev-accept": lambda services, setup: install_memory_acceptance(services),
+    "rng": lambda services, setup: install_rng(services, seeded(setup.seed)),
+}
+"""Protocols that a firmware may offer. OVMF has the first in a TD, the second under SEV-SNP, the third with a
+virtio-rng device or, since 2024, RDRAND."""
+
+
+def install_offers(services: EfiServices, setup: Setup) -> None:
+    """Install the protocols that ``setup`` names."""
+    for name in setup.offers:
+        OFFERS[name](services, setup)
