@@ -47,7 +47,7 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     services = EfiServices(machine, memory_map, arena)
     machine.regs.rdx = build_system_table(services)
     guid = arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(ACPI_20_TABLE_GUID))
-    services.install_configuration_table(guid, build_acpi(arena))
+    services.install_configuration_table(guid, build_acpi(arena, fw_cfg.nodes))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)

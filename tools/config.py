@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ def parse_machine(text: str) -> Any:
         expected = f"{' or '.join(MACHINE_NAMES)}, and perhaps max-ram-below-4g=SIZE, 16M to 3584M in steps of 2M"
         raise FormatError("--machine", found=repr(text[:60]), expected=expected, source="QEMU -machine")
     return MachineType(name, limit if comma else None)
+
+
+def _numa(text: str) -> Any:
+    from tools.numa import parse_numa
+
+    return parse_numa(text)
 
 
 def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
@@ -212,6 +218,7 @@ MAP_OPTIONS = (
 OPTIONS = (
     Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
     Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
+    Option("numa", "NODES", "NUMA nodes: a number, or sizes (1G,3G); ,hotplug=SIZE adds a window", "numa", _numa),
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
@@ -263,7 +270,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
-    for name in ("memory", "machine"):
+    for name in ("memory", "machine", "numa"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
     fields = _read_options(texts)
@@ -275,7 +282,12 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
         from bootstub.sample_kernel import sample_bzimage
 
         fields["kernel"] = sample_bzimage()
+    numa = fields.pop("numa", None)
     config = BootConfig(**fields)
+    if numa is not None:
+        from tools.numa import numa_nodes
+
+        config = replace(config, nodes=numa_nodes(numa, config.machine.ram(config.memory)))
     _check_stages(config)
     return config
 
@@ -304,8 +316,11 @@ def _read_map(fields: dict[str, Any]) -> None:
     given = {option.field: fields.pop(option.field) for option in MAP_OPTIONS if option.field in fields}
     if "efi_map" in fields:
         from tools.maps.source import SourceOptions, boot_descriptors, read_map
+        from tools.numa import check_nodes
 
-        fields["efi_map"] = boot_descriptors(read_map(fields["efi_map"], SourceOptions(**given)))
+        platform = read_map(fields["efi_map"], SourceOptions(**given))
+        fields["efi_map"] = boot_descriptors(platform)
+        fields["nodes"] = check_nodes(platform.nodes, platform.name)
     elif given:
         name = next(iter(given)).replace("_", "-")
         raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)

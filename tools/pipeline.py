@@ -21,6 +21,7 @@ from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
+from firmware.srat import NodeRange
 from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
 from guest.clock import CostTable, VirtualClock
@@ -63,13 +64,14 @@ REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 consol
 class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
-    ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``host_level``
-    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more;
-    with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
-    kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
-    is random in real code. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
-    does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
+    ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``nodes`` are the
+    NUMA nodes of either, which the ACPI tables tell. ``host_level`` is the largest page that the host backs private
+    memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more; with ``host_ahead`` it does so before the TD
+    runs, and not when an exit asks for it. ``run`` names how much of the kernel image runs as real code (a key of
+    ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see ``cpu.run.RunOptions``, and ``ve`` which
+    instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what is random in real code. ``faults`` is
+    what a hostile host does, and ``sanitize`` what a finding of the sanitizer does: ``error`` ends the boot, ``warn``
+    is told, and with ``off`` there is no sanitizer.
     """
 
     kernel: bytes
@@ -77,6 +79,7 @@ class BootConfig:
     machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
     efi_map: tuple[MemoryDescriptor, ...] | None = None
+    nodes: tuple[NodeRange, ...] = ()
     initrd: bytes = b""
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
@@ -196,7 +199,7 @@ def _host(boot: Boot) -> None:
 def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
-    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
+    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc", config.nodes)
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
 
 
