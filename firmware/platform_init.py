@@ -6,7 +6,7 @@ the kernel and start it.
 
 from __future__ import annotations
 
-from firmware.accept_policy import accept_below_4g
+from firmware.accept_policy import BELOW_4G, AcceptPolicy, accept_resources
 from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
@@ -15,7 +15,7 @@ from firmware.hob import Resource, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import low_memory, mmio
+from firmware.ovmf_layout import accepted_ram, high_memory, low_memory, mmio
 from firmware.paging import build_identity_map
 from firmware.system_table import build_system_table
 from guest.machine import Machine
@@ -34,7 +34,10 @@ _ALLOCATOR_TYPES = frozenset(EfiMemoryType) - {
 """What GetMemoryMap() takes from the page allocator; the rest comes from the GCD map, behind it."""
 
 
-def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None) -> MemoryMap:
+def firmware(
+    machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] | None = None,
+    policy: AcceptPolicy = BELOW_4G, accept_cpus: int = 1,
+) -> MemoryMap:  # fmt: skip
     """Run the firmware on the HOB list at RCX.
 
     It leaves the image handle in RCX, the system table in RDX, a stack in RSP and the entry point in RIP. With
@@ -42,7 +45,11 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     but the unaccepted ranges. Returns the map, for a look from outside.
     """
     resources = read_hob_list(machine.memory, machine.regs.rcx)
-    memory_map = _given_map(given_map) if given_map is not None else _ovmf_map(machine, resources, fw_cfg.pci_express)
+    if given_map is not None:
+        memory_map = _given_map(given_map)
+    else:
+        left = accept_resources(machine, resources, policy, accept_cpus)
+        memory_map = _ovmf_map(resources, left, fw_cfg.pci_express)
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena)
     machine.regs.rdx = build_system_table(services)
@@ -72,12 +79,13 @@ def build_stack(services: EfiServices) -> int:
     return rsp
 
 
-def _ovmf_map(machine: Machine, resources: list[Resource], pci_express: bool) -> MemoryMap:
-    """Accept by OVMF's policy; what stays unaccepted is listed behind everything else."""
-    left = accept_below_4g(machine, resources)
+def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool) -> MemoryMap:
+    """The map after acceptance; what is unaccepted or no RAM is listed behind everything else, by address."""
+    ram = accepted_ram(resources, left)
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
-    return MemoryMap(low_memory(resources), [*mmio(pci_express), *unaccepted])
+    behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)
+    return MemoryMap([*low_memory(ram), *high_memory(ram)], behind)
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:

@@ -14,6 +14,7 @@ PMD_SIZE = 1 << PMD_SHIFT
 PUD_SHIFT = 30
 PUD_SIZE = 1 << PUD_SHIFT
 
+SZ_16K = 1 << 14
 SZ_64K = 1 << 16
 SZ_1M = 1 << 20
 SZ_2M = 1 << 21

@@ -28,6 +28,7 @@ _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
+_MAX_CPUS = 4096
 _SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
 _HOST_BACKING = {"demand": False, "ahead": True}
@@ -113,6 +114,23 @@ def _firmware(path: str) -> Any:
     from firmware.tdvf import parse_tdvf
 
     return parse_tdvf(read_file(path))
+
+
+def _accept_policy(text: str) -> Any:
+    from firmware.accept_policy import ALL, BELOW_4G, AcceptPolicy
+
+    policies = {"below-4g": BELOW_4G, "all": ALL}
+    if text in policies:
+        return policies[text]
+    size, rest = memparse(text.removeprefix("size="))
+    if not text.startswith("size=") or rest or not 0 < size <= _MAX_MEMORY or size % PAGE_SIZE:
+        expected = "below-4g, all, or size=N in whole 4 KiB pages, such as size=512M"
+        raise FormatError("--accept-policy", found=repr(text[:60]), expected=expected, source=_SOURCE)
+    return AcceptPolicy(size=size)
+
+
+def _accept_cpus(text: str) -> int:
+    return _number("--accept-cpus", text, 1, _MAX_CPUS)
 
 
 def _kernel(path: str) -> bytes:
@@ -222,6 +240,11 @@ OPTIONS = (
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
+    Option(
+        "accept-policy", "WHAT", "what the firmware accepts: below-4g (default), all, or size=N, the first N bytes",
+        "accept", _accept_policy,
+    ),
+    Option("accept-cpus", "N", "processors that accept for the firmware (default 1)", "accept_cpus", _accept_cpus),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
@@ -270,7 +293,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
-    for name in ("memory", "machine", "numa"):
+    for name in ("memory", "machine", "numa", "accept-policy", "accept-cpus"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
     fields = _read_options(texts)

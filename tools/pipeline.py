@@ -14,6 +14,7 @@ from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.decompressor import decompress
 from bootstub.efi_stub import efi_stub
 from bootstub.protocol import V9, Protocol
+from firmware.accept_policy import BELOW_4G, AcceptPolicy
 from firmware.efi_types import EfiMemoryType
 from firmware.launch import launch_td, sections_for_map
 from firmware.load_image import FwCfg
@@ -65,7 +66,8 @@ class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
     ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``nodes`` are the
-    NUMA nodes of either, which the ACPI tables tell. ``host_level`` is the largest page that the host backs private
+    NUMA nodes of either, which the ACPI tables tell. ``accept`` is what the firmware accepts itself, with as many
+    processors as ``accept_cpus``. ``host_level`` is the largest page that the host backs private
     memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more; with ``host_ahead`` it does so before the TD
     runs, and not when an exit asks for it. ``run`` names how much of the kernel image runs as real code (a key of
     ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see ``cpu.run.RunOptions``, and ``ve`` which
@@ -78,6 +80,8 @@ class BootConfig:
     memory: int = SZ_4G
     machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
+    accept: AcceptPolicy = BELOW_4G
+    accept_cpus: int = 1
     efi_map: tuple[MemoryDescriptor, ...] | None = None
     nodes: tuple[NodeRange, ...] = ()
     initrd: bytes = b""
@@ -200,7 +204,7 @@ def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
     fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc", config.nodes)
-    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
+    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, config.accept, config.accept_cpus)
 
 
 def _efi_stub(boot: Boot) -> None:

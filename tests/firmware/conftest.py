@@ -12,13 +12,13 @@ from uuid import UUID
 
 import pytest
 
-from firmware.accept_policy import accept_below_4g
+from firmware.accept_policy import accept_resources
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.hob import Resource, read_hob_list
 from firmware.launch import launch_td
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import BUILT_IN, low_memory, mmio
+from firmware.ovmf_layout import BUILT_IN, accepted_ram, low_memory, mmio
 from firmware.system_table import build_system_table
 from guest.clock import CostTable, VirtualClock
 from guest.machine import Machine
@@ -140,8 +140,8 @@ def build_efi(memory: int = 4 << 30) -> Efi:
     lab = build_lab(memory)
     launch_td(lab.host, BUILT_IN, [], lab.machine.regs)
     resources: list[Resource] = read_hob_list(lab.machine.memory, lab.machine.regs.rcx)
-    accept_below_4g(lab.machine, resources)
-    memory_map = MemoryMap(low_memory(resources), mmio(True))
+    accept_resources(lab.machine, resources)
+    memory_map = MemoryMap(low_memory(accepted_ram(resources)), mmio(True))
     services = EfiServices(lab.machine, memory_map, Arena(lab.machine.memory, memory_map))
     build_system_table(services)
     return Efi(lab, services)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firmware.accept_policy import accept_below_4g, accept_range
+from firmware.accept_policy import accept_range, accept_resources
 from firmware.hob import Resource
 from guest.errors import GuestPanic
 from guest.ranges import RangeSet
@@ -88,7 +88,7 @@ def test_a_page_that_is_refused_stops_the_firmware(make_lab):
 def test_only_unaccepted_memory_below_4g_is_accepted(make_lab):
     """System memory, MMIO and reserved ranges are left alone; what lies above 4 GiB stays unaccepted."""
     lab = make_lab(RangeSet([(0, P), (SZ_4G, SZ_4G + P)]), running=True)
-    left = accept_below_4g(
+    left = accept_resources(
         lab.machine,
         [
             Resource(UNACCEPTED, 0, SZ_2M),
@@ -109,6 +109,6 @@ def test_a_range_over_4g_is_clamped(make_lab, below, above):
     """The part below 4 GiB is accepted, the part above stays unaccepted."""
     start, end = SZ_4G - below, SZ_4G + above
     lab = make_lab(RangeSet([(start, end)]), running=True)
-    left = accept_below_4g(lab.machine, [Resource(UNACCEPTED, start, end)])
+    left = accept_resources(lab.machine, [Resource(UNACCEPTED, start, end)])
     assert left == ([Resource(UNACCEPTED, SZ_4G, end)] if above else [])
     assert list(lab.host.sept.mapped()) == ([(start, SZ_4G)] if below else [])
