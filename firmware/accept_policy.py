@@ -44,14 +44,31 @@ def accept_resources(
     With more ``cpus`` than one, the first one accepts stacks for the others before. Time passes as they work side by
     side, so events of one range are not in the order of their times.
     """
-    unaccepted = [r for r in resources if r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED]
-    todo, left = _divide(unaccepted, policy)
+    todo, left = divide(resources, policy)
     if cpus > 1:
         todo = _accept_stacks(machine, todo, cpus)
     machine.print(_headline(policy))
     for start, end in todo:
+        machine.print(f"MpAccept : {start:#x} - {end:#x} ({end - start:#x})")
         accept_range(machine, start, end, cpus)
     return left
+
+
+def divide(resources: Iterable[Resource], policy: AcceptPolicy) -> tuple[list[tuple[int, int]], list[Resource]]:
+    """What of the unaccepted resources to accept, and what to leave, both in the order of the HOBs."""
+    todo, left, room = [], [], policy.size
+    for r in resources:
+        if r.type != ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED:
+            continue
+        end = max(r.start, min(r.end, policy.end))
+        if room is not None:
+            end = min(end, r.start + room)
+            room -= end - r.start
+        if end > r.start:
+            todo.append((r.start, end))
+        if r.end > end:
+            left.append(Resource(r.type, end, r.end, r.attributes))
+    return todo, left
 
 
 def accept_range(machine: Machine, start: int, end: int, cpus: int = 1) -> None:
@@ -60,7 +77,6 @@ def accept_range(machine: Machine, start: int, end: int, cpus: int = 1) -> None:
     One processor, and one that has no more than one piece left, does it all itself. Memory that cannot be accepted
     stops the firmware.
     """
-    machine.print(f"MpAccept : {start:#x} - {end:#x} ({end - start:#x})")
     border = min(round_up(start, PMD_SIZE), end)
     if cpus == 1 or end - border <= CHUNK_SIZE:
         ok = _accept_alone(machine, start, end)
@@ -94,21 +110,6 @@ def _accept_together(machine: Machine, start: int, end: int, cpus: int) -> bool:
         free_at[cpu] = machine.clock.ns
     machine.clock.ns = max(free_at)
     return True
-
-
-def _divide(unaccepted: Iterable[Resource], policy: AcceptPolicy) -> tuple[list[tuple[int, int]], list[Resource]]:
-    """What to accept, and what to leave, both in the order of the HOBs."""
-    todo, left, room = [], [], policy.size
-    for r in unaccepted:
-        end = max(r.start, min(r.end, policy.end))
-        if room is not None:
-            end = min(end, r.start + room)
-            room -= end - r.start
-        if end > r.start:
-            todo.append((r.start, end))
-        if r.end > end:
-            left.append(Resource(r.type, end, r.end, r.attributes))
-    return todo, left
 
 
 def _accept_stacks(machine: Machine, todo: list[tuple[int, int]], cpus: int) -> list[tuple[int, int]]:

@@ -176,6 +176,12 @@ def _protocol(text: str) -> Any:
     return _choice("--protocol", dict(PROTOCOLS))(text)
 
 
+def _profile(text: str) -> Any:
+    from tools.pipeline import PROFILES
+
+    return _choice("--profile", {name: name for name in PROFILES})(text)
+
+
 def _run(text: str) -> Any:
     from tools.pipeline import RUNS
 
@@ -240,8 +246,9 @@ OPTIONS = (
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
+    Option("profile", "NAME", "how the firmware works: ovmf (default), or td-shim, without UEFI", "profile", _profile),
     Option(
-        "accept-policy", "WHAT", "what the firmware accepts: below-4g (default), all, or size=N, the first N bytes",
+        "accept-policy", "WHAT", "what the firmware accepts: below-4g (ovmf), all, or size=N (td-shim: 256M)",
         "accept", _accept_policy,
     ),
     Option("accept-cpus", "N", "processors that accept for the firmware (default 1)", "accept_cpus", _accept_cpus),
@@ -296,6 +303,8 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     for name in ("memory", "machine", "numa", "accept-policy", "accept-cpus"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
+    if texts.get("profile") == "td-shim":
+        _check_td_shim(texts)
     fields = _read_options(texts)
     _read_map(fields)
     if "run" in fields:
@@ -332,6 +341,16 @@ def _check_stages(config: BootConfig) -> None:
         if rule.stage is not None and rule.stage not in stages:
             expected = ", ".join(stages)
             raise FormatError(f"fault {str(rule)!r}", found=f"stage={rule.stage}", expected=expected, source=_SOURCE)
+
+
+def _check_td_shim(texts: dict[str, Any]) -> None:
+    """td-shim brings its own sections, knows no EFI map and no initrd, and hands over as v9 has it."""
+    for name in ("efi-map", "firmware", "initrd", "run"):
+        if name in texts:
+            raise FormatError(f"--{name}", found="with --profile td-shim", expected="one of the two", source=_SOURCE)
+    if texts.get("protocol", "v9") != "v9":
+        expected = "v9: boot_params+0x78 is its, and mainline finds its table by EFI"
+        raise FormatError("--protocol", found="with --profile td-shim", expected=expected, source=_SOURCE)
 
 
 def _read_map(fields: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.decompressor import decompress
 from bootstub.efi_stub import efi_stub
 from bootstub.protocol import V9, Protocol
+from bootstub.td_shim import TD_SHIM_POLICY, td_shim
+from bootstub.td_shim_layout import td_shim_sections
 from firmware.accept_policy import BELOW_4G, AcceptPolicy
 from firmware.efi_types import EfiMemoryType
 from firmware.launch import launch_td, sections_for_map
@@ -66,8 +68,9 @@ class BootConfig:
     """Everything that a boot depends on; two boots of one configuration are equal to the byte.
 
     ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``nodes`` are the
-    NUMA nodes of either, which the ACPI tables tell. ``accept`` is what the firmware accepts itself, with as many
-    processors as ``accept_cpus``. ``host_level`` is the largest page that the host backs private
+    NUMA nodes of either, which the ACPI tables tell. ``profile`` is the firmware's way to work, a key of ``PROFILES``.
+    ``accept`` is what it accepts itself, if that is not its own policy, with as many processors as ``accept_cpus``.
+    ``host_level`` is the largest page that the host backs private
     memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more; with ``host_ahead`` it does so before the TD
     runs, and not when an exit asks for it. ``run`` names how much of the kernel image runs as real code (a key of
     ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see ``cpu.run.RunOptions``, and ``ve`` which
@@ -80,7 +83,8 @@ class BootConfig:
     memory: int = SZ_4G
     machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
-    accept: AcceptPolicy = BELOW_4G
+    profile: str = "ovmf"
+    accept: AcceptPolicy | None = None
     accept_cpus: int = 1
     efi_map: tuple[MemoryDescriptor, ...] | None = None
     nodes: tuple[NodeRange, ...] = ()
@@ -185,7 +189,7 @@ class Boot:
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
     """The stages of a boot by name, in order."""
-    stages = STAGES if config.run is None else RUNS[config.run]
+    stages = PROFILES[config.profile] if config.run is None else RUNS[config.run]
     if config.protocol.unpacks_in_stub:
         return {name: stage for name, stage in stages.items() if name != "decompress"}
     return stages
@@ -204,7 +208,19 @@ def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
     fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc", config.nodes)
-    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, config.accept, config.accept_cpus)
+    boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, config.accept or BELOW_4G, config.accept_cpus)
+
+
+def _td_shim_host(boot: Boot) -> None:
+    config = boot.config
+    tdvf = td_shim_sections(config.kernel, config.cmdline)
+    launch_td(boot.host, tdvf, [], boot.machine.regs, config.faults)
+
+
+def _td_shim(boot: Boot) -> None:
+    config = boot.config
+    td_shim(boot.machine, config.accept or TD_SHIM_POLICY, config.accept_cpus, config.nodes)
+    _keep_what_the_stub_left(boot)
 
 
 def _efi_stub(boot: Boot) -> None:
@@ -277,6 +293,12 @@ STAGES: dict[str, Callable[[Boot], None]] = {
     "runtime": _runtime,
 }
 STAGE_NAMES = tuple(STAGES)
+PROFILES: dict[str, dict[str, Callable[[Boot], None]]] = {
+    "ovmf": STAGES,
+    "td-shim": {name: stage for name, stage in STAGES.items() if name != "efi-stub"}
+    | {"host": _td_shim_host, "firmware": _td_shim},
+}
+"""The stages under each firmware. td-shim writes boot_params itself: there is no EFI for a stub."""
 RUNS: dict[str, dict[str, Callable[[Boot], None]]] = {
     "stub": {name: stage for name, stage in STAGES.items() if name != "decompress"} | {"efi-stub": _real_stub},
     "decompressor": STAGES | {"decompress": _real_decompressor},
