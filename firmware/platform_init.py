@@ -6,17 +6,20 @@ the kernel and start it.
 
 from __future__ import annotations
 
+from uuid import UUID
+
 from firmware.accept_policy import BELOW_4G, AcceptPolicy, accept_resources
 from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryType, guid_bytes
+from firmware.efi_types import ACPI_20_TABLE_GUID, SMBIOS3_TABLE_GUID, EfiMemoryType, guid_bytes
 from firmware.hob import Resource, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import accepted_ram, high_memory, low_memory, mmio
 from firmware.paging import build_identity_map
+from firmware.smbios import build_smbios
 from firmware.system_table import build_system_table
 from guest.machine import Machine
 from guest.units import SZ_128M
@@ -53,12 +56,12 @@ def firmware(
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena)
     machine.regs.rdx = build_system_table(services)
-    guid = arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(ACPI_20_TABLE_GUID))
-    services.install_configuration_table(guid, build_acpi(arena, fw_cfg.nodes))
+    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
+    _install_table(services, SMBIOS3_TABLE_GUID, build_smbios(arena, accepted_ram(resources)))
     machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
@@ -77,6 +80,12 @@ def build_stack(services: EfiServices) -> int:
     rsp = stack + _STACK_SIZE - 8
     machine.memory.write_uint(rsp, gate, 8)
     return rsp
+
+
+def _install_table(services: EfiServices, guid: UUID, table: int) -> None:
+    """InstallConfigurationTable() for the firmware's own tables."""
+    at = services.arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(guid))
+    services.install_configuration_table(at, table)
 
 
 def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool) -> MemoryMap:

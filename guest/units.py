@@ -14,6 +14,7 @@ PMD_SIZE = 1 << PMD_SHIFT
 PUD_SHIFT = 30
 PUD_SIZE = 1 << PUD_SHIFT
 
+SZ_1K = 1 << 10
 SZ_16K = 1 << 14
 SZ_64K = 1 << 16
 SZ_128K = 1 << 17

@@ -155,3 +155,5 @@ def test_a_real_kernel_reads_the_nodes(debian_kernel: Path) -> None:
     ]
     found = [line.split("NODE_DATA(")[1][0] for line in lines if "NODE_DATA(" in line]
     assert found == ["0", "1"]
+    assert any("SMBIOS 3.0.0 present." in line for line in lines)
+    assert any("DMI: unaccepted trust domain, BIOS 0 01/01/1970" in line for line in lines)
