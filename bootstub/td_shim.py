@@ -5,8 +5,8 @@ bitmap at boot_params+0x78, and enters the decompressor at its 64-bit entry poin
 in the table: there is no e820 type for it. It works as firmware and as boot loader, so it stands on this floor.
 
 Source: td-shim td-shim/src/bin/td-shim/memory.rs and linux/boot.rs. Here boot_params are in the region of the page
-tables, which the kernel leaves alone; td-shim has them on its stack, inside its own image. Its wish for HOBs of older
-hosts, which had no type for unaccepted memory, is not fulfilled.
+tables, which the kernel leaves alone; td-shim has them on its stack, inside its own image. HOB lists of older hosts,
+without a type for unaccepted memory, are not understood.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _build_bitmap(machine: Machine, left: Iterable[Resource], cpus: int) -> int:
     bits = UNACCEPTED_MEMORY_BITMAP.size * BITS_PER_BYTE
     for r in left:
         first, last = round_up(r.start, PMD_SIZE), round_down(r.end, PMD_SIZE)
-        if r.end - r.start < PMD_SIZE or first > last:
+        if r.end - r.start < PMD_SIZE:
             accept_range(machine, r.start, r.end, cpus)
             continue
         accept_range(machine, r.start, first, cpus)

@@ -41,8 +41,8 @@ def accept_resources(
 ) -> list[Resource]:
     """Accept the unaccepted resources, each clamped to ``policy``; return what of them stays unaccepted.
 
-    With more ``cpus`` than one, the first one accepts stacks for the others before. Time passes as they work side by
-    side, so events of one range are not in the order of their times.
+    With more ``cpus`` than one, the first one accepts stacks for the others before. They work side by side, so the
+    events of a range are not in the order of their times.
     """
     todo, left = divide(resources, policy)
     if cpus > 1:

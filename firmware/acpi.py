@@ -42,7 +42,7 @@ def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = ()) -> int:
     }
     if nodes:
         bodies |= {
-            b"SRAT": (srat(nodes, [(0, min(r.node for r in nodes))]), REVISION),
+            b"SRAT": (srat(nodes, [(_APIC_ID, min(r.node for r in nodes))]), REVISION),
             b"SLIT": (slit(nodes), SLIT_REVISION),
         }
     tables = [arena.put(kind, table(signature, *body)) for signature, body in bodies.items()]
