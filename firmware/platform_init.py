@@ -13,7 +13,7 @@ from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.efi_types import ACPI_20_TABLE_GUID, SMBIOS3_TABLE_GUID, EfiMemoryType, guid_bytes
-from firmware.hob import Resource, read_hob_list
+from firmware.hob import Resource, ResourceType, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
@@ -89,12 +89,16 @@ def _install_table(services: EfiServices, guid: UUID, table: int) -> None:
 
 
 def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool) -> MemoryMap:
-    """The map after acceptance; what is unaccepted or no RAM is listed behind everything else, by address."""
-    ram = accepted_ram(resources, left)
+    """The map after acceptance; what is unaccepted or no RAM is listed behind everything else, by address.
+
+    Above 4 GiB only what the firmware accepted itself is in use; what the host says to have added there is left out.
+    """
+    own = [r for r in resources if r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED]
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
     behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)
-    return MemoryMap([*low_memory(ram), *high_memory(ram)], behind)
+    low, high = low_memory(accepted_ram(resources, left)), high_memory(accepted_ram(own, left))
+    return MemoryMap([*low, *high], behind)
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:
