@@ -3,7 +3,7 @@
 #   make boot ARGS="..."           boot a guest; ARGS go to the command (and to pytest, and to the benchmark)
 #   make test                      all tests, with Debian's kernel and OVMF if they can be had
 #   make lint types                ruff; mypy
-#   make artefacts                 get Debian's kernel and OVMF for the tests
+#   make artefacts                 get Debian's kernels, OVMF and iasl for the tests
 #   make bench                     measure
 
 PYTHON ?= python3

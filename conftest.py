@@ -1,4 +1,4 @@
-"""Fixtures for the real artefacts: Debian's kernels and OVMF, as ``make artefacts`` gets them.
+"""Fixtures for the real artefacts: Debian's kernels, OVMF and ACPI disassembler, as ``make artefacts`` gets them.
 
 A test that asks for one of these fixtures is marked ``artefacts``. Without the files it is left out on a laptop,
 with the reason in the summary; in CI (environment variable CI) it fails.
@@ -18,7 +18,7 @@ KNOWN = Path(__file__).parent / "tests" / "artefacts.sha256"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"debian_kernel", "debian_kernel_6_1", "debian_ovmf"} & set(getattr(item, "fixturenames", ())):
+        if {"debian_kernel", "debian_kernel_6_1", "debian_ovmf", "iasl"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("artefacts")
 
 
@@ -54,6 +54,12 @@ def debian_kernel_6_1() -> Path:
 def debian_ovmf() -> Path:
     """Debian's OVMF.fd."""
     return _artefact("OVMF.fd")
+
+
+@pytest.fixture
+def iasl() -> Path:
+    """The ACPI compiler and disassembler of Debian's acpica-tools."""
+    return _artefact("iasl")
 
 
 @pytest.fixture

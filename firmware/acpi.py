@@ -1,5 +1,7 @@
 """The ACPI tables of a minimal machine: one processor with a local APIC, one serial port, and no ACPI hardware.
 
+A machine with NUMA nodes has SRAT and SLIT too; its processor is in the lowest node.
+
 The serial port has no interrupt, as nothing but the local APIC gives interrupts: the kernel then serves it by timer.
 WAET is what QEMU writes for Windows, and asks for nothing.
 Sources: ACPI 6.4, sections 5.2.5 (RSDP), 5.2.6 and 5.2.8 (XSDT), 5.2.9 (FADT), 5.2.12 (MADT), 6.4.2.5 (I/O port
@@ -9,13 +11,17 @@ descriptor), 20.2 (AML); Windows ACPI Emulated Devices Table.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
+from firmware.acpi_table import HEADER_SIZE, checksum, table
 from firmware.arena import Arena
 from firmware.efi_types import EfiMemoryType
+from firmware.srat import REVISION, SLIT_REVISION, NodeRange, slit, srat
 from guest.units import SZ_4G
 
-_RSDP_V1_SIZE, _HEADER_SIZE = 20, 36
+_RSDP_V1_SIZE = 20
 _WAET_RTC_GOOD_TIMER_GOOD = 3
+_APIC_ID = 0
 _LOCAL_APIC_ADDRESS = 0xFEE0_0000
 _MADT_LOCAL_APIC, _MADT_ENABLED = 0, 1
 _FADT_SIZE, _FADT_DSDT, _FADT_BOOT_ARCH, _FADT_FLAGS, _FADT_X_DSDT = 276, 40, 109, 112, 140
@@ -25,24 +31,29 @@ _COM1_PORT, _COM1_PORTS = 0x3F8, 8
 _EISAID_PNP0501 = 0x0105_D041
 
 
-def build_acpi(arena: Arena) -> int:
-    """Write the tables into ACPI reclaim memory; returns the address of the RSDP."""
+def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = ()) -> int:
+    """Write the tables into ACPI reclaim memory, SRAT and SLIT too if there are nodes; returns the RSDP's address."""
     kind = EfiMemoryType.EfiACPIReclaimMemory
-    dsdt = arena.put(kind, _table(b"DSDT", _serial_port(), revision=2))
+    dsdt = arena.put(kind, table(b"DSDT", _serial_port(), revision=2))
     bodies = {
         b"FACP": (_fadt(dsdt), 6),
         b"APIC": (_madt(), 5),
         b"WAET": (struct.pack("<I", _WAET_RTC_GOOD_TIMER_GOOD), 1),
     }
-    tables = [arena.put(kind, _table(signature, *body)) for signature, body in bodies.items()]
-    xsdt = arena.put(kind, _table(b"XSDT", struct.pack(f"<{len(tables)}Q", *tables)))
+    if nodes:
+        bodies |= {
+            b"SRAT": (srat(nodes, [(_APIC_ID, min(r.node for r in nodes))]), REVISION),
+            b"SLIT": (slit(nodes), SLIT_REVISION),
+        }
+    tables = [arena.put(kind, table(signature, *body)) for signature, body in bodies.items()]
+    xsdt = arena.put(kind, table(b"XSDT", struct.pack(f"<{len(tables)}Q", *tables)))
     rsdp = struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"UNACPT", 2, 0, 36, xsdt, 0)
-    return arena.put(kind, _checksum(_checksum(rsdp, 8, _RSDP_V1_SIZE), 32, len(rsdp)))
+    return arena.put(kind, checksum(checksum(rsdp, 8, _RSDP_V1_SIZE), 32, len(rsdp)))
 
 
 def _madt() -> bytes:
     """Processor 0; without PCAT_COMPAT in the flags, as there is no 8259."""
-    processor = struct.pack("<BBBBI", _MADT_LOCAL_APIC, 8, 0, 0, _MADT_ENABLED)
+    processor = struct.pack("<BBBBI", _MADT_LOCAL_APIC, 8, 0, _APIC_ID, _MADT_ENABLED)
     return struct.pack("<II", _LOCAL_APIC_ADDRESS, 0) + processor
 
 
@@ -54,7 +65,7 @@ def _fadt(dsdt: int) -> bytes:
     struct.pack_into("<H", fadt, _FADT_BOOT_ARCH, _BOOT_ARCH_LEGACY_DEVICES | _BOOT_ARCH_NO_VGA)
     struct.pack_into("<I", fadt, _FADT_FLAGS, flags)
     struct.pack_into("<Q", fadt, _FADT_X_DSDT, dsdt)
-    return bytes(fadt[_HEADER_SIZE:])
+    return bytes(fadt[HEADER_SIZE:])
 
 
 def _serial_port() -> bytes:
@@ -69,15 +80,3 @@ def _package(body: bytes) -> bytes:
     """``body`` behind its PkgLength of one byte, which counts itself."""
     assert len(body) < 63
     return bytes([len(body) + 1]) + body
-
-
-def _table(signature: bytes, body: bytes, revision: int = 1) -> bytes:
-    """A table: the header of 36 bytes, and ``body``."""
-    size = _HEADER_SIZE + len(body)
-    header = struct.pack("<4sIBB6s8sI4sI", signature, size, revision, 0, b"UNACPT", b"UNACCEPT", 1, b"UNAC", 1)
-    return _checksum(header + body, 9, len(header) + len(body))
-
-
-def _checksum(table: bytes, at: int, size: int) -> bytes:
-    """``table`` with the byte at ``at`` set so that its first ``size`` bytes add up to 0 modulo 256."""
-    return table[:at] + bytes([-sum(table[:size]) % 256]) + table[at + 1 :]

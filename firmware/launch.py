@@ -21,6 +21,7 @@ from tdx.vmm import Host
 
 UNACCEPTED = ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED
 SYSTEM = ResourceType.EFI_RESOURCE_SYSTEM_MEMORY
+_IN_RAM = (SectionType.TD_HOB, SectionType.TempMem, SectionType.Payload, SectionType.PayloadParam)
 _HOB_LIST_ROOM = SZ_64K
 
 
@@ -35,7 +36,7 @@ def launch_td(
     """
     private = tuple(private)
     (hob,) = tdvf.of_type(SectionType.TD_HOB)
-    in_ram = [s for s in tdvf.sections if s.type in (SectionType.TD_HOB, SectionType.TempMem)]
+    in_ram = [s for s in tdvf.sections if s.type in _IN_RAM]
     for section in in_ram:
         if not host.ram.covers(section.address, section.end):
             raise FormatError(

@@ -21,6 +21,7 @@ from firmware.efi_types import (
     guid_bytes,
 )
 from firmware.pe import PeImage, parse_pe
+from firmware.srat import NodeRange
 from firmware.tables import (
     EFI_LOAD_FILE2_PROTOCOL,
     EFI_LOADED_IMAGE_PROTOCOL,
@@ -39,6 +40,8 @@ class FwCfg:
     cmdline: str = ""
     pci_express: bool = True
     """The machine has PCIe configuration space in memory: q35, not pc. A real firmware asks the host bridge."""
+    nodes: tuple[NodeRange, ...] = ()
+    """NUMA nodes, for the ACPI tables; none is no NUMA."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ memory map; the boot services ranges, which alternate there in pieces of a few K
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from firmware.efi_types import CACHEABLE, EfiMemoryAttribute, EfiMemoryType
 from firmware.hob import Resource, ResourceType
 from firmware.memory_descriptor import MemoryDescriptor
@@ -59,18 +61,30 @@ def mmio(pci_express: bool) -> list[MemoryDescriptor]:
     return [PCIE_CONFIGURATION_SPACE, FLASH] if pci_express else [FLASH]
 
 
-def low_memory(resources: list[Resource]) -> list[MemoryDescriptor]:
+def accepted_ram(resources: Iterable[Resource], unaccepted: Iterable[Resource] = ()) -> RangeSet:
+    """All RAM of the HOBs ``resources`` but what stays ``unaccepted``."""
+    ram = RangeSet(
+        (r.start, r.end)
+        for r in resources
+        if r.type in (ResourceType.EFI_RESOURCE_SYSTEM_MEMORY, ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED)
+    )
+    for r in unaccepted:
+        ram.remove(r.start, r.end)
+    return ram
+
+
+def high_memory(ram: RangeSet) -> list[MemoryDescriptor]:
+    """Descriptors of the accepted ``ram`` above 4 GiB: none of it is the firmware's own."""
+    kind = EfiMemoryType.EfiConventionalMemory
+    return [MemoryDescriptor.of_range(kind, max(r.start, SZ_4G), r.end, int(CACHEABLE)) for r in ram if r.end > SZ_4G]
+
+
+def low_memory(accepted: RangeSet) -> list[MemoryDescriptor]:
     """Descriptors of the accepted RAM below 4 GiB, ascending, neighbours of one kind joined.
 
-    ``resources`` are the HOBs; all RAM below 4 GiB counts as accepted by now. Raises ``FormatError`` if the
-    firmware does not fit.
+    Raises ``FormatError`` if the firmware does not fit.
     """
-    ram = RangeSet(
-        (r.start, min(r.end, SZ_4G))
-        for r in resources
-        if r.start < SZ_4G
-        and r.type in (ResourceType.EFI_RESOURCE_SYSTEM_MEMORY, ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED)
-    )
+    ram = RangeSet((part.start, min(part.end, SZ_4G)) for part in accepted if part.start < SZ_4G)
     ram.remove(0xA_0000, SZ_1M)
     uses: RangeMap[EfiMemoryType | None] = RangeMap(None)
     for part in ram:

@@ -6,18 +6,21 @@ the kernel and start it.
 
 from __future__ import annotations
 
-from firmware.accept_policy import accept_below_4g
+from uuid import UUID
+
+from firmware.accept_policy import accept_resources
 from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryType, guid_bytes
-from firmware.hob import Resource, read_hob_list
+from firmware.efi_types import ACPI_20_TABLE_GUID, SMBIOS3_TABLE_GUID, EfiMemoryType, guid_bytes
+from firmware.hob import Resource, ResourceType, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import low_memory, mmio
+from firmware.ovmf_layout import accepted_ram, high_memory, low_memory, mmio
 from firmware.paging import build_identity_map
 from firmware.setup import DEFAULT_SETUP, Setup, install_offers
+from firmware.smbios import build_smbios
 from firmware.system_table import build_system_table
 from firmware.variables import VariableStore
 from guest.machine import Machine
@@ -46,17 +49,21 @@ def firmware(
     but the unaccepted ranges. Returns the map, for a look from outside.
     """
     resources = read_hob_list(machine.memory, machine.regs.rcx)
-    memory_map = _given_map(given_map) if given_map is not None else _ovmf_map(machine, resources, fw_cfg.pci_express)
+    if given_map is not None:
+        memory_map = _given_map(given_map)
+    else:
+        left = accept_resources(machine, resources, setup.accept, setup.accept_cpus)
+        memory_map = _ovmf_map(resources, left, fw_cfg.pci_express)
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
-    guid = arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(ACPI_20_TABLE_GUID))
-    services.handlers["InstallConfigurationTable"](guid, build_acpi(arena))
+    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
     install_offers(services, setup)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
+    _install_table(services, SMBIOS3_TABLE_GUID, build_smbios(arena, accepted_ram(resources)))
     machine.regs.rsp = build_stack(services)
     machine.regs.rcx, machine.regs.rip = image.handle, image.entry
     machine.note(f"kernel image at {image.base:#x}, {image.size:#x} bytes")
@@ -77,12 +84,23 @@ def build_stack(services: EfiServices) -> int:
     return rsp
 
 
-def _ovmf_map(machine: Machine, resources: list[Resource], pci_express: bool) -> MemoryMap:
-    """Accept by OVMF's policy; what stays unaccepted is listed behind everything else."""
-    left = accept_below_4g(machine, resources)
+def _install_table(services: EfiServices, guid: UUID, table: int) -> None:
+    """InstallConfigurationTable() for the firmware's own tables."""
+    at = services.arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(guid))
+    services.handlers["InstallConfigurationTable"](at, table)
+
+
+def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool) -> MemoryMap:
+    """The map after acceptance; what is unaccepted or no RAM is listed behind everything else, by address.
+
+    Above 4 GiB only what the firmware accepted itself is in use; what the host says to have added there is left out.
+    """
+    own = [r for r in resources if r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED]
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
-    return MemoryMap(low_memory(resources), [*mmio(pci_express), *unaccepted])
+    behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)
+    low, high = low_memory(accepted_ram(resources, left)), high_memory(accepted_ram(own, left))
+    return MemoryMap([*low, *high], behind)
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:

@@ -1,10 +1,11 @@
-"""What a firmware keeps and offers beyond what every one has: variables, and protocols by name."""
+"""How a firmware is set up: variables, protocols beyond what every one has, and what it accepts itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from firmware.accept_policy import BELOW_4G, AcceptPolicy
 from firmware.boot_services import EfiServices
 from firmware.memory_accept import install_memory_accept, install_memory_acceptance
 from firmware.rng import install_rng, seeded
@@ -13,11 +14,13 @@ from firmware.variables import Variable
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """``offers`` are keys of ``OFFERS``; ``seed`` decides what is random."""
+    """``offers`` are keys of ``OFFERS``; ``seed`` decides what is random; ``accept_cpus`` processors accept memory."""
 
     variables: tuple[Variable, ...] = ()
     offers: tuple[str, ...] = ("edkii-accept",)
     seed: int = 0
+    accept: AcceptPolicy = BELOW_4G
+    accept_cpus: int = 1
 
 
 DEFAULT_SETUP = Setup()

@@ -13,6 +13,7 @@ from firmware.efi_types import (
     ACPI_20_TABLE_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
     LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
+    SMBIOS3_TABLE_GUID,
     EfiMemoryAttribute,
     EfiMemoryType,
     guid_bytes,
@@ -31,6 +32,7 @@ from tdx.guest import PlatformAccept, tdx_accept_memory
 _UNACCEPTED = "Unaccepted"
 _TABLE_NAMES = {
     guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0",
+    guid_bytes(SMBIOS3_TABLE_GUID): "SMBIOS 3.0",
     guid_bytes(LINUX_EFI_INITRD_MEDIA_GUID): "INITRD",
     guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
 }

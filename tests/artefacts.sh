@@ -1,13 +1,14 @@
 #!/bin/bash
-# Gets Debian's kernels and OVMF for the tests, with the distribution's own package tool, into artefacts/:
-# vmlinuz, vmlinuz-6.1, OVMF.fd, and ARTEFACTS.txt that says what they are. Does nothing when they are there.
+# Gets Debian's kernels, OVMF and ACPI disassembler for the tests, with the distribution's own package tool, into
+# artefacts/: vmlinuz, vmlinuz-6.1, OVMF.fd, iasl, and ARTEFACTS.txt that says what they are. Gets only what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 kernel=linux-image-6.12.117+deb12-cloud-amd64
 old_kernel=linux-image-6.1.0-56-cloud-amd64
 ovmf=ovmf
-files=(artefacts/vmlinuz artefacts/vmlinuz-6.1 artefacts/OVMF.fd)
+iasl=acpica-tools
+files=(artefacts/vmlinuz artefacts/vmlinuz-6.1 artefacts/OVMF.fd artefacts/iasl)
 options=(-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=30)
 if [ "$(id -u)" = 0 ]; then
     options+=(-o APT::Sandbox::User=root) # or apt warns that it cannot give up root for a download into here
@@ -38,9 +39,10 @@ download() {
     (cd artefacts/new && apt-get "${options[@]}" download "$1" >>../apt.log 2>&1)
 }
 
-# get PACKAGE FILE NAME: the one file of PACKAGE that matches FILE becomes artefacts/NAME
+# get PACKAGE FILE NAME: the one file of PACKAGE that matches FILE becomes artefacts/NAME, unless that is there
 get() {
     local package=$1 file=$2 name=$3 version sum origin
+    [ ! -e "artefacts/$name" ] || return 0
     download "$package" || { update && download "$package"; } || stop "$package cannot be had (artefacts/apt.log)"
     dpkg-deb -x artefacts/new/*.deb artefacts/new/root
     version=$(dpkg-deb -f artefacts/new/*.deb Version)
@@ -66,16 +68,17 @@ if ! command -v apt-get dpkg-deb >/dev/null; then
     stop "this is no Debian, there is no apt-get"
 fi
 mkdir -p artefacts
-rm -f artefacts/ARTEFACTS.txt artefacts/apt.log
+rm -f artefacts/apt.log
 
-if ! is_known "$ovmf" || [ -z "$(newest_kernel 6.12.)" ] || [ -z "$(newest_kernel 6.1.0-)" ]; then
+if ! is_known "$ovmf" || ! is_known "$iasl" || [ -z "$(newest_kernel 6.12.)" ] || [ -z "$(newest_kernel 6.1.0-)" ]; then
     update
 fi
 is_known "$kernel" || kernel=$(newest_kernel 6.12.)
 is_known "$old_kernel" || old_kernel=$(newest_kernel 6.1.0-)
-if [ -z "$kernel" ] || [ -z "$old_kernel" ] || ! is_known "$ovmf"; then
-    stop "apt offers no linux-image-6.12.*-cloud-amd64, no linux-image-6.1.0-*-cloud-amd64 or no ovmf (artefacts/apt.log)"
+if [ -z "$kernel" ] || [ -z "$old_kernel" ] || ! is_known "$ovmf" || ! is_known "$iasl"; then
+    stop "apt offers no linux-image-6.12.*-cloud-amd64, no linux-image-6.1.0-*-cloud-amd64, no $ovmf or no $iasl (artefacts/apt.log)"
 fi
 get "$kernel" 'boot/vmlinuz-*' vmlinuz
 get "$old_kernel" 'boot/vmlinuz-*' vmlinuz-6.1
 get "$ovmf" usr/share/ovmf/OVMF.fd OVMF.fd
+get "$iasl" usr/bin/iasl iasl

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
+_MAX_CPUS = 4096
 _SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
 _HOST_BACKING = {"demand": False, "ahead": True}
@@ -94,6 +95,12 @@ def parse_machine(text: str) -> Any:
     return MachineType(name, limit if comma else None)
 
 
+def _numa(text: str) -> Any:
+    from tools.numa import parse_numa
+
+    return parse_numa(text)
+
+
 def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text not in choices:
@@ -107,6 +114,23 @@ def _firmware(path: str) -> Any:
     from firmware.tdvf import parse_tdvf
 
     return parse_tdvf(read_file(path))
+
+
+def _accept_policy(text: str) -> Any:
+    from firmware.accept_policy import ALL, BELOW_4G, AcceptPolicy
+
+    policies = {"below-4g": BELOW_4G, "all": ALL}
+    if text in policies:
+        return policies[text]
+    size, rest = memparse(text.removeprefix("size="))
+    if not text.startswith("size=") or rest or not 0 < size <= _MAX_MEMORY or size % PAGE_SIZE:
+        expected = "below-4g, all, or size=N in whole 4 KiB pages, such as size=512M"
+        raise FormatError("--accept-policy", found=repr(text[:60]), expected=expected, source=_SOURCE)
+    return AcceptPolicy(size=size)
+
+
+def _accept_cpus(text: str) -> int:
+    return _number("--accept-cpus", text, 1, _MAX_CPUS)
 
 
 def _kernel(path: str) -> bytes:
@@ -150,6 +174,12 @@ def _protocol(text: str) -> Any:
     from bootstub.protocol import PROTOCOLS
 
     return _choice("--protocol", dict(PROTOCOLS))(text)
+
+
+def _profile(text: str) -> Any:
+    from tools.pipeline import PROFILES
+
+    return _choice("--profile", {name: name for name in PROFILES})(text)
 
 
 def _run(text: str) -> Any:
@@ -228,9 +258,16 @@ MAP_OPTIONS = (
 OPTIONS = (
     Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
     Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
+    Option("numa", "NODES", "NUMA nodes: a number, or sizes (1G,3G); ,hotplug=SIZE adds a window", "numa", _numa),
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
+    Option("profile", "NAME", "how the firmware works: ovmf (default), or td-shim, without UEFI", "profile", _profile),
+    Option(
+        "accept-policy", "WHAT", "what the firmware accepts: below-4g (ovmf), all, or size=N (td-shim: 256M)",
+        "accept", _accept_policy,
+    ),
+    Option("accept-cpus", "N", "processors that accept for the firmware (default 1)", "accept_cpus", _accept_cpus),
     Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
@@ -289,9 +326,11 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
     texts |= {name: text for name, text in given.items() if text is not None}
-    for name in ("memory", "machine"):
+    for name in ("memory", "machine", "numa", "accept-policy", "accept-cpus"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
+    if texts.get("profile") == "td-shim":
+        _check_td_shim(texts)
     fields = _read_options(texts)
     _read_map(fields)
     if "run" in fields:
@@ -301,7 +340,12 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
         from bootstub.sample_kernel import sample_bzimage
 
         fields["kernel"] = sample_bzimage()
+    numa = fields.pop("numa", None)
     config = BootConfig(**fields)
+    if numa is not None:
+        from tools.numa import numa_nodes
+
+        config = replace(config, nodes=numa_nodes(numa, config.machine.ram(config.memory)))
     _check_stages(config)
     return config
 
@@ -325,13 +369,26 @@ def _check_stages(config: BootConfig) -> None:
             raise FormatError(f"fault {str(rule)!r}", found=f"stage={rule.stage}", expected=expected, source=_SOURCE)
 
 
+def _check_td_shim(texts: dict[str, Any]) -> None:
+    """td-shim brings its own sections, knows no EFI map and no initrd, and hands over as v9 has it."""
+    for name in ("efi-map", "firmware", "initrd", "run"):
+        if name in texts:
+            raise FormatError(f"--{name}", found="with --profile td-shim", expected="one of the two", source=_SOURCE)
+    if texts.get("protocol", "v9") != "v9":
+        expected = "v9: boot_params+0x78 is its, and mainline finds its table by EFI"
+        raise FormatError("--protocol", found="with --profile td-shim", expected=expected, source=_SOURCE)
+
+
 def _read_map(fields: dict[str, Any]) -> None:
     """Put the map that was brought along in the place of its name."""
     given = {option.field: fields.pop(option.field) for option in MAP_OPTIONS if option.field in fields}
     if "efi_map" in fields:
         from tools.maps.source import SourceOptions, boot_descriptors, read_map
+        from tools.numa import check_nodes
 
-        fields["efi_map"] = boot_descriptors(read_map(fields["efi_map"], SourceOptions(**given)))
+        platform = read_map(fields["efi_map"], SourceOptions(**given))
+        fields["efi_map"] = boot_descriptors(platform)
+        fields["nodes"] = check_nodes(platform.nodes, platform.name)
     elif given:
         name = next(iter(given)).replace("_", "-")
         raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
     hob.add_argument("file", metavar="SOURCE", help="a file, or td:MEMORY[,MACHINE]: what the host gives such a TD")
     _add_forms(hob)
+    acpi = structures.add_parser("acpi", help="the ACPI tables that the firmware makes")
+    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE], or a file of tables")
+    acpi.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
+    acpi.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
+    _add_forms(acpi)
 
 
 def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -74,8 +79,19 @@ def _hob(args: argparse.Namespace) -> Iterable[str]:
     return hex_dump(found.data, found.gpa) if args.hex else dump_hob.text(found)
 
 
+def _acpi(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_acpi
+
+    tables = dump_acpi.read(args.file, args.numa)
+    if args.save:
+        dump_acpi.save(tables, Path(args.save))
+    if args.json:
+        return [json_text(dump_acpi.to_json(tables), args.json)]
+    return [line for t in tables for line in hex_dump(t.data, t.at)] if args.hex else dump_acpi.text(tables)
+
+
 _STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob
+    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi
 }  # fmt: skip
 
 

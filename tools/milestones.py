@@ -76,11 +76,12 @@ def milestones(records: Iterable[Record], ram: RangeSet) -> list[Milestone]:
 def accepted_over_time(records: Iterable[Record], end_ns: int) -> Iterator[tuple[int, int]]:
     """Virtual nanoseconds and bytes accepted by then: corners of a curve, which rises while an accept takes its time.
 
-    A record has the time before what it tells of; its effect is whole when the next one comes.
+    A record has the time before what it tells of; its effect is whole when the next one comes. Processors that work
+    side by side leave records whose times go back.
     """
     sums, last = Acceptance(RangeSet()), (0, 0)
     yield last
-    for record in records:
+    for record in sorted(records, key=lambda record: record.ns):
         point = record.ns, sums.accepted_bytes
         if point != last:
             yield point

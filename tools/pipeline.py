@@ -14,6 +14,9 @@ from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.decompressor import decompress
 from bootstub.efi_stub import efi_stub
 from bootstub.protocol import V9, Protocol
+from bootstub.td_shim import TD_SHIM_POLICY, td_shim
+from bootstub.td_shim_layout import td_shim_sections
+from firmware.accept_policy import BELOW_4G, AcceptPolicy
 from firmware.efi_types import EfiMemoryType
 from firmware.launch import launch_td, sections_for_map
 from firmware.load_image import FwCfg
@@ -22,6 +25,7 @@ from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from firmware.setup import DEFAULT_SETUP, Setup
+from firmware.srat import NodeRange
 from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
 from firmware.variables import Variable
@@ -63,38 +67,44 @@ REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 consol
 
 @dataclass(frozen=True, slots=True)
 class BootConfig:
-    """Everything that a boot depends on; two boots of one configuration are equal to the byte.
-
-    ``memory`` is bytes of a ``machine``; ``efi_map`` takes their place with a memory map of its own. ``host_level``
-    is the largest page that the host backs private memory with: 0 = 4 KiB, 1 = 2 MiB, or a ``Backing`` that says more;
-    with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
-    kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
-    ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
-    is random in real code and in the firmware, which has ``variables`` and, of ``firmware.setup.OFFERS``, ``offers``.
-    ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
-    does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
-    """
+    """Everything that a boot depends on; two boots of one configuration are equal to the byte."""
 
     kernel: bytes
     memory: int = SZ_4G
+    """Bytes of a ``machine``; an ``efi_map`` takes the place of both."""
     machine: MachineType = field(default_factory=MachineType)
     firmware: Tdvf = BUILT_IN
+    profile: str = "ovmf"
+    """The firmware's way to work, a key of ``PROFILES``."""
+    accept: AcceptPolicy | None = None
+    """What the firmware accepts itself, if that is not its own policy, with ``accept_cpus`` processors."""
+    accept_cpus: int = 1
     efi_map: tuple[MemoryDescriptor, ...] | None = None
+    nodes: tuple[NodeRange, ...] = ()
+    """NUMA nodes, which the ACPI tables tell."""
     initrd: bytes = b""
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
     variables: tuple[Variable, ...] = ()
     offers: tuple[str, ...] = DEFAULT_SETUP.offers
+    """Protocols of the firmware, keys of ``firmware.setup.OFFERS``."""
     host_level: Backing | int = LEVEL_2M
+    """The largest page that the host backs private memory with: 0 is 4 KiB, 1 is 2 MiB; a ``Backing`` says more."""
     host_ahead: bool = False
+    """The host backs all memory before the TD runs, and not when an exit asks for it."""
     run: str | None = None
+    """How much of the kernel image runs as real code, a key of ``RUNS``; the next three say how far."""
     full: bool = False
     until: str | None = None
     timeout: int | None = None
     ve: tuple[str, ...] = ()
+    """Instructions that raise #VE in real code, see ``cpu.exits.VeConfig``."""
     faults: tuple[Rule, ...] = ()
+    """What a hostile host does."""
     sanitize: str = "warn"
+    """What a finding of the sanitizer does: ``error`` ends the boot, ``warn`` is told; ``off``: no sanitizer."""
     seed: int = 0
+    """Decides what is random in firmware and processor, and so in the boot stub and in real code."""
     script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
     costs: CostTable = field(default_factory=CostTable)
 
@@ -183,7 +193,7 @@ class Boot:
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
     """The stages of a boot by name, in order."""
-    stages = STAGES if config.run is None else RUNS[config.run]
+    stages = PROFILES[config.profile] if config.run is None else RUNS[config.run]
     if config.protocol.unpacks_in_stub:
         return {name: stage for name, stage in stages.items() if name != "decompress"}
     return stages
@@ -201,9 +211,22 @@ def _host(boot: Boot) -> None:
 def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
-    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
-    setup = Setup(config.variables, config.offers, config.seed)
+    pci_express = config.machine.name != "pc"
+    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, pci_express, config.nodes)
+    setup = Setup(config.variables, config.offers, config.seed, config.accept or BELOW_4G, config.accept_cpus)
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, setup)
+
+
+def _td_shim_host(boot: Boot) -> None:
+    config = boot.config
+    tdvf = td_shim_sections(config.kernel, config.cmdline)
+    launch_td(boot.host, tdvf, [], boot.machine.regs, config.faults)
+
+
+def _td_shim(boot: Boot) -> None:
+    config = boot.config
+    td_shim(boot.machine, config.accept or TD_SHIM_POLICY, config.accept_cpus, config.nodes)
+    _keep_what_the_stub_left(boot)
 
 
 def _efi_stub(boot: Boot) -> None:
@@ -276,6 +299,12 @@ STAGES: dict[str, Callable[[Boot], None]] = {
     "runtime": _runtime,
 }
 STAGE_NAMES = tuple(STAGES)
+PROFILES: dict[str, dict[str, Callable[[Boot], None]]] = {
+    "ovmf": STAGES,
+    "td-shim": {name: stage for name, stage in STAGES.items() if name != "efi-stub"}
+    | {"host": _td_shim_host, "firmware": _td_shim},
+}
+"""The stages under each firmware. td-shim writes boot_params itself: there is no EFI for a stub."""
 RUNS: dict[str, dict[str, Callable[[Boot], None]]] = {
     "stub": {name: stage for name, stage in STAGES.items() if name != "decompress"} | {"efi-stub": _real_stub},
     "decompressor": STAGES | {"decompress": _real_decompressor},

@@ -12,14 +12,14 @@ from uuid import UUID
 
 import pytest
 
-from firmware.accept_policy import accept_below_4g
+from firmware.accept_policy import accept_resources
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.hob import Resource, read_hob_list
 from firmware.launch import launch_td
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
-from firmware.ovmf_layout import BUILT_IN, low_memory, mmio
+from firmware.ovmf_layout import BUILT_IN, accepted_ram, low_memory, mmio
 from firmware.system_table import build_system_table
 from firmware.variables import Variable, VariableStore
 from guest.clock import CostTable, VirtualClock
@@ -180,9 +180,9 @@ def build_efi(memory: int = 4 << 30, variables: Iterable[Variable] = (), unaccep
     lab = build_lab(memory)
     launch_td(lab.host, BUILT_IN, [], lab.machine.regs)
     resources: list[Resource] = read_hob_list(lab.machine.memory, lab.machine.regs.rcx)
-    left = accept_below_4g(lab.machine, resources)
+    left = accept_resources(lab.machine, resources)
     fixed = [MemoryDescriptor.of_range(15, r.start, r.end, 0) for r in left if unaccepted]
-    memory_map = MemoryMap(low_memory(resources), [*mmio(True), *fixed])
+    memory_map = MemoryMap(low_memory(accepted_ram(resources)), [*mmio(True), *fixed])
     arena = Arena(lab.machine.memory, memory_map)
     services = EfiServices(lab.machine, memory_map, arena, VariableStore(variables))
     build_system_table(services)

@@ -6,7 +6,7 @@ import pytest
 
 from firmware.hob import Resource
 from firmware.memory_descriptor import check_map
-from firmware.ovmf_layout import BUILT_IN_SECTIONS, low_memory, mmio
+from firmware.ovmf_layout import BUILT_IN_SECTIONS, accepted_ram, low_memory, mmio
 from guest.errors import FormatError
 from guest.ranges import RangeMap, RangeSet
 from tdx.machine_type import MachineType
@@ -27,7 +27,7 @@ def resources_of(ram: RangeSet) -> list[Resource]:
 def test_the_map_covers_low_ram_exactly(mib):
     """Every page of RAM below 4 GiB but the VGA and BIOS hole is in one descriptor, and nothing else is."""
     ram = MachineType().ram(mib << 20)
-    descriptors = low_memory(resources_of(ram))
+    descriptors = low_memory(accepted_ram(resources_of(ram)))
     check_map([*descriptors, *mmio(True)], "low memory")
     assert descriptors == sorted(descriptors, key=lambda d: d.start)
     wanted = RangeSet(ram.within(0, SZ_4G))
@@ -56,7 +56,7 @@ E820_NAME = {0: "reserved", 5: "reserved", 6: "reserved", 9: "ACPI data", 10: "A
 def test_the_top_of_low_ram_is_as_in_a_real_boot():
     """As the kernel prints it, what lies at the top of 2 GiB is what Debian's OVMF leaves there."""
     found: RangeMap[str | None] = RangeMap(None)
-    for d in low_memory(resources_of(MachineType().ram(SZ_2G))):
+    for d in low_memory(MachineType().ram(SZ_2G)):
         found.assign(d.start, d.end, E820_NAME.get(d.type, "usable"))
     found.assign(0x80_0000, 0x90_0000, "usable")
     assert list(found.runs(SZ_1M, SZ_2G)) == DEBIAN_E820
@@ -64,9 +64,7 @@ def test_the_top_of_low_ram_is_as_in_a_real_boot():
 
 def test_low_pages_have_the_types_of_the_metadata():
     """Page 0 is boot services code; page tables, work area and mailbox are NVS; the rest below them is free."""
-    found = [
-        (d.type, d.start, d.end) for d in low_memory(resources_of(MachineType().ram(SZ_2G))) if d.start < 0x80_D000
-    ]
+    found = [(d.type, d.start, d.end) for d in low_memory(MachineType().ram(SZ_2G)) if d.start < 0x80_D000]
     assert found == [
         (3, 0, 0x1000), (7, 0x1000, 0xA_0000), (7, 0x10_0000, 0x80_0000), (10, 0x80_0000, 0x80_6000),
         (7, 0x80_6000, 0x80_B000), (10, 0x80_B000, 0x80_D000),
@@ -105,7 +103,7 @@ def test_sections_of_the_built_in_firmware_are_those_of_the_4m_build():
 def test_ram_without_room_for_the_firmware_is_refused(ranges):
     """If RAM lacks one of the firmware's own ranges, the HOB list is refused and no map claims what is no RAM."""
     with pytest.raises(FormatError) as refused:
-        low_memory([Resource(UNACCEPTED, start, end) for start, end in ranges])
+        low_memory(RangeSet(ranges))
     assert (refused.value.what, refused.value.source) == ("RAM below 4 GiB", "TD HOB list")
 
 
@@ -113,15 +111,15 @@ def test_ram_without_room_for_the_firmware_is_refused(ranges):
 def test_a_small_machine_is_told_how_much_it_needs(end):
     """If only the size is wrong, the error says where RAM ends and where it should."""
     with pytest.raises(FormatError) as refused:
-        low_memory([Resource(UNACCEPTED, 0, end)])
+        low_memory(RangeSet([(0, end)]))
     error = refused.value
     assert (error.at, error.found) == (end, f"an end at {end:#x}")
     assert error.expected == "at least 0x2ef0000 for the firmware"
-    assert low_memory([Resource(UNACCEPTED, 0, 0x2EF_0000)])[-1].end == 0x2EF_0000
+    assert low_memory(RangeSet([(0, 0x2EF_0000)]))[-1].end == 0x2EF_0000
 
 
 def test_other_resources_are_no_ram():
     """MMIO, reserved and unknown resources do not enter the map."""
     resources = resources_of(MachineType().ram(SZ_2G))
     others = [Resource(kind, 0x9000_0000, 0x9100_0000) for kind in (1, RESERVED, 99)]
-    assert low_memory([*resources, *others]) == low_memory(resources)
+    assert accepted_ram([*resources, *others]) == accepted_ram(resources)

@@ -79,10 +79,10 @@ def test_the_map_covers_all_ram_once(make_lab, pe_image, memory):
 
 
 def test_acpi_is_in_the_configuration_table(make_lab, pe_image):
-    """The one configuration table is the RSDP, in ACPI reclaim memory."""
+    """The first configuration table is the RSDP; SMBIOS is the other one."""
     machine = boot(make_lab(4 << 30), pe_image(SECTIONS))
     count, at = struct.unpack("<QQ", machine.memory.read(machine.regs.rdx + 104, 16))
-    assert count == 1
+    assert count == 2
     guid, rsdp = struct.unpack("<16sQ", machine.memory.read(at, 24))
     assert str(UUID(bytes_le=guid)) == ACPI_20
     assert machine.memory.read(rsdp, 8) == b"RSD PTR "

@@ -54,7 +54,7 @@ def test_efi_debug(new_boot, log, cmdline, shown):
     assert sum(line.startswith("efi: mem") for line in lines) == shown
     at = lines.index("efi: EFI v2.7 by unaccepted")
     assert lines[at + 1 : at + 4] == [
-        "efi: ACPI 2.0=0x7f76c230 ",
+        "efi: ACPI 2.0=0x7f76c230 SMBIOS 3.0=0x7eaa05a0 ",
         "efi: Remove mem26: MMIO range=[0xffc00000-0xffffffff] (4MB) from e820 map",
         "e820: remove [mem 0xffc00000-0xffffffff] reserved",
     ]

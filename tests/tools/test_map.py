@@ -14,12 +14,13 @@ import pytest
 from bootstub.boot_params import BOOT_PARAMS, BootE820Entry
 from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor
+from firmware.srat import NodeRange
 from guest.records import RecordCopy
 from tools.maps.bar import bar_lines, cells
 from tools.maps.compare import compare
 from tools.maps.kinds import CONVENTIONAL, HOLE, KINDS, Span, spans, totals
 from tools.maps.notes import notes
-from tools.maps.platform_map import NodeRange, PlatformMap, e820_map, efi_map
+from tools.maps.platform_map import PlatformMap, e820_map, efi_map
 from tools.maps.reasons import REASONS
 from tools.maps.source import parse_bytes, read_map
 from tools.maps.write import WRITERS

@@ -16,10 +16,11 @@ from bootstub.boot_params import BOOT_PARAMS, BootE820Entry, build_e820_table
 from bootstub.sample_kernel import sample_bzimage
 from bootstub.setup_data import SETUP_DATA
 from firmware.memory_descriptor import MemoryDescriptor, pack_map
+from firmware.srat import NodeRange
 from guest.errors import BootError, FormatError
 from guest.records import field_extents
 from tools.maps.dmesg import E820_LINES, EFI_LINES
-from tools.maps.platform_map import NodeRange, PlatformMap, e820_map, efi_map, mark_unaccepted
+from tools.maps.platform_map import PlatformMap, e820_map, efi_map, mark_unaccepted
 from tools.maps.source import SourceOptions, boot_descriptors, parse_bytes, parse_text, read_map
 from tools.maps.write import WRITERS, kernel_table
 from tools.pipeline import Boot, BootConfig

@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 from bootstub.boot_params import BootE820Entry
 from bootstub.e820_types import type_of_word, type_word
 from firmware.memory_descriptor import MemoryDescriptor
+from firmware.srat import NodeRange
 from guest.errors import FormatError
 from guest.ranges import RangeSet
 from guest.units import PAGE_SIZE
-from tools.maps.platform_map import MAX_ENTRIES, NodeRange, PlatformMap, e820_map, efi_map
+from tools.maps.platform_map import MAX_ENTRIES, PlatformMap, e820_map, efi_map
 from tools.maps.words import efi_attribute, efi_attribute_text, efi_type, efi_type_name, number
 
 JSON_FORM = "the JSON form of a map"

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from bootstub.boot_params import BootE820Entry
 from bootstub.e820_types import type_of_word
 from firmware.memory_descriptor import MemoryDescriptor
+from firmware.srat import NodeRange
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE
 from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
-from tools.maps.platform_map import MAX_ENTRIES, NodeRange, PlatformMap, e820_map, efi_map
+from tools.maps.platform_map import MAX_ENTRIES, PlatformMap, e820_map, efi_map
 from tools.maps.words import number
 
 EFI_LINES = "efi: mem lines of a kernel's log"

@@ -9,24 +9,12 @@ from bootstub.boot_params import BootE820Entry
 from bootstub.efi_e820 import e820_entries, efi_descriptors
 from firmware.efi_types import EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor, check_descriptors
+from firmware.srat import NodeRange
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END
 
 MAX_ENTRIES = 65536
 """More descriptors, entries or nodes than this are no machine's."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRange:
-    """Memory affinity of ``[start, end)``, as a row of the SRAT has it: the NUMA node.
-
-    ``hotplug``: a window in which memory may appear or go, whether or not some is there now.
-    """
-
-    node: int
-    start: int
-    end: int
-    hotplug: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,154 @@
+"""What ``unaccepted dump acpi`` shows: the ACPI tables that the firmware made for a TD, or those of a file.
+
+The tables are found as a kernel finds them: from the RSDP through XSDT and FADT. Source: ACPI 6.4, section 5.2.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from firmware.efi_types import ACPI_20_TABLE_GUID, guid_bytes
+from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
+from guest.errors import FormatError
+from guest.records import RecordCopy
+from guest.units import SZ_16M, size_text
+from tools.config import read_file
+from tools.maps.td import PREFIX, td_boot
+from tools.numa import numa_nodes, parse_numa
+from tools.pipeline import Boot
+
+_SOURCE = "ACPI 6.4, section 5.2"
+_HEADER = struct.Struct("<4sIBB6s8sI4sI")
+_RSDP = struct.Struct("<8sB6sBIIQB3x")
+_MAX_TABLES = 256
+_FADT_X_DSDT = 140
+_SRAT_MEMORY, _SRAT_MEMORY_SIZE = 1, 40
+
+
+@dataclass(frozen=True, slots=True)
+class AcpiTable:
+    """A table: its address (in a file, its offset), its bytes, and the fields of its header that people look at."""
+
+    at: int
+    data: bytes
+    signature: str
+    revision: int
+    oem: str
+
+    @property
+    def checksum_ok(self) -> bool:
+        return sum(self.data) % 256 == 0
+
+
+def read(source: str, numa: str | None = None) -> list[AcpiTable]:
+    """The tables of a file, one behind the other, or of ``td:MEMORY[,MACHINE]``, which may have NUMA nodes.
+
+    Raises ``FormatError`` and ``OSError``.
+    """
+    if source.startswith(PREFIX):
+        return tables_of(_boot(source, numa))
+    if numa is not None:
+        raise FormatError("--numa", found=source[:60], expected="td:MEMORY", source="unaccepted dump acpi --help")
+    return list(_tables_of_file(read_file(source)))
+
+
+def tables_of(boot: Boot) -> list[AcpiTable]:
+    """The tables in guest memory of a boot whose firmware ran, in the order in which they are found."""
+    get = boot.physical.read
+    rsdp = _RSDP.unpack(get(_rsdp_address(boot), _RSDP.size))
+    xsdt = _table(get, rsdp[6])
+    tables = [xsdt]
+    for (at,) in struct.iter_unpack("<Q", xsdt.data[_HEADER.size :]):
+        found = _table(get, at)
+        tables.append(found)
+        if found.signature == "FACP":
+            tables.append(_table(get, int.from_bytes(found.data[_FADT_X_DSDT : _FADT_X_DSDT + 8], "little")))
+    return tables
+
+
+def text(tables: list[AcpiTable]) -> Iterator[str]:
+    """A line for each table; under an SRAT, one for each range of memory."""
+    for each in tables:
+        state = "checksum ok" if each.checksum_ok else "checksum WRONG"
+        yield f"{each.at:#x} {each.signature} revision {each.revision}, {len(each.data)} bytes, {each.oem}, {state}"
+        for row in _affinity(each):
+            hotplug = ", hot-plug" if row["hotplug"] else ""
+            size = size_text(row["end"] - row["start"])
+            yield f"    node {row['node']}: [{row['start']:#x}, {row['end']:#x}) {size}{hotplug}"
+
+
+def to_json(tables: list[AcpiTable]) -> list[dict[str, object]]:
+    """The tables for programs; addresses are text, since JSON readers lose low bits."""
+    out = []
+    for each in tables:
+        row: dict[str, object] = {"at": f"{each.at:#x}", "signature": each.signature, "revision": each.revision}
+        row |= {"size": len(each.data), "oem": each.oem, "checksum_ok": each.checksum_ok}
+        if each.signature == "SRAT":
+            rows = _affinity(each)
+            row["memory"] = [r | {"start": f"{r['start']:#x}", "end": f"{r['end']:#x}"} for r in rows]
+        out.append(row)
+    return out
+
+
+def save(tables: list[AcpiTable], directory: Path) -> None:
+    """Write each table into a file of its own, such as ``DSDT.dat``, which iasl reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for each in tables:
+        (directory / f"{each.signature}.dat").write_bytes(each.data)
+
+
+def _boot(source: str, numa: str | None) -> Boot:
+    boot = td_boot(source)
+    if numa is not None:
+        boot = Boot(replace(boot.config, nodes=numa_nodes(parse_numa(numa), boot.host.ram)))
+    boot.run("firmware")
+    return boot
+
+
+def _rsdp_address(boot: Boot) -> int:
+    """The address that the configuration table gives for ACPI 2.0."""
+    get, entry_size = boot.physical.read, EFI_CONFIGURATION_TABLE.sizeof()
+    system_table = RecordCopy(get(boot.machine.regs.rdx, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
+    data = get(system_table["ConfigurationTable"], system_table["NumberOfTableEntries"] * entry_size)
+    entries = {data[n : n + 16]: data[n + 16 : n + 24] for n in range(0, len(data), entry_size)}
+    return int.from_bytes(entries[guid_bytes(ACPI_20_TABLE_GUID)], "little")
+
+
+def _tables_of_file(data: bytes) -> Iterator[AcpiTable]:
+    at = 0
+    for _ in range(_MAX_TABLES):
+        yield (found := _table(lambda start, size: data[start : start + size], at))
+        at += len(found.data)
+        if at == len(data):
+            return
+    raise FormatError("ACPI tables", at=at, found="one more", expected=f"at most {_MAX_TABLES}", source=_SOURCE)
+
+
+def _table(get: Callable[[int, int], bytes], at: int) -> AcpiTable:
+    header = get(at, _HEADER.size)
+    if len(header) < _HEADER.size:
+        raise FormatError("ACPI table", at=at, found=f"{len(header)} bytes", expected="a header of 36", source=_SOURCE)
+    signature, size, revision, _, oem, *_ = _HEADER.unpack(header)
+    if not all(byte == 0x5F or 0x30 <= byte < 0x3A or 0x41 <= byte < 0x5B for byte in signature):
+        expected = "four capital letters or digits"
+        raise FormatError("ACPI table.Signature", at=at, found=repr(signature), expected=expected, source=_SOURCE)
+    data = get(at, size) if _HEADER.size <= size <= SZ_16M else b""
+    if len(data) != size:
+        expected = "36 up to 16 MiB, and no more than there is"
+        raise FormatError("ACPI table.Length", at=at + 4, found=size, expected=expected, source=_SOURCE)
+    return AcpiTable(at, data, signature.decode(), revision, oem.decode("ascii", "replace").rstrip("\0 "))
+
+
+def _affinity(found: AcpiTable) -> list[dict[str, int]]:
+    """The ranges of memory in an SRAT; what does not follow its layout ends the list."""
+    rows: list[dict[str, int]] = []
+    data = found.data[48:] if found.signature == "SRAT" else b""
+    while len(data) >= 2 and 2 <= data[1] <= len(data):
+        if data[0] == _SRAT_MEMORY and data[1] == _SRAT_MEMORY_SIZE:
+            node, start, size, flags = struct.unpack_from("<2xI2xQQ4xI", data)
+            rows.append({"node": node, "start": start, "end": start + size, "hotplug": flags >> 1 & 1})
+        data = data[data[1] :]
+    return rows
