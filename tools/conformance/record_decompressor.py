@@ -10,7 +10,7 @@ from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.bzimage import parse_bzimage
-from bootstub.kaslr import boot_seed
+from bootstub.kaslr import boot_seed, build_string
 from bootstub.kernel_layout import STARTUP_64_OFFSET
 from bootstub.setup_header import LoadFlags
 from cpu.run import RealCode, RunOptions
@@ -163,5 +163,5 @@ class _Run:
         params[_LOADFLAGS_AT] |= LoadFlags.KASLR_FLAG
         size = round_up(self._bzimage.init_size, align)
         slots = physical_slot(self._map, size, align, case["output"]), virtual_slot(align, case["virt"])
-        seed = boot_seed(self._image, bytes(params))
+        seed = boot_seed(build_string(self._image), bytes(params))
         return [tsc_for(seed, slot) for slot in slots][2 - case["rdtsc"] :]
