@@ -122,7 +122,7 @@ class _Run(ABC):
         page = self._physical.read(gpa, BOOT_PARAMS_SIZE)
         return {
             "boot_params_pa": gpa,
-            "boot_params": _sparse(page),
+            "boot_params": sparse(page),
             "e820": [[e.addr, e.size, e.type] for e in e820_table_of(page)],
             "setup_data": list(self._setup_data(RecordCopy(page, BOOT_PARAMS)["hdr.setup_data"])),
         }
@@ -191,7 +191,7 @@ def map_rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:
     return [[d.type, d.start, d.pages, d.attribute] for d in descriptors]
 
 
-def _sparse(page: bytes, step: int = 8) -> list[list[Any]]:
+def sparse(page: bytes, step: int = 8) -> list[list[Any]]:
     """The parts of ``page`` that are not zero, ``[offset, hexadecimal]``."""
     out: list[list[Any]] = []
     for at in range(0, len(page), step):
