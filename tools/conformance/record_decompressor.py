@@ -5,6 +5,7 @@ The run ends where the kernel is unpacked, or behind that. Our own decompressor 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +18,10 @@ from bootstub.events import KernelPlaced
 from bootstub.kaslr import boot_seed, build_string
 from bootstub.setup_header import LoadFlags
 from bootstub.unpack import unpack
+from bootstub.unpack import unpack
 from cpu.run import RealCode, RunOptions
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
+from guest.errors import GuestPanic, MemoryFault
 from guest.records import GuestRecord, field_extents
 from guest.trace import Print
 from guest.units import round_up
@@ -26,7 +29,7 @@ from tdx.events import TdCall
 from tdx.instructions import Instructions
 from tools.conformance.decompressor_set_up import SET_UP, DecompressorSetUp
 from tools.conformance.kaslr_seed import physical_slot, tsc_for, virtual_slot
-from tools.conformance.record_stub import TIMEOUT_INSTRUCTIONS, sparse
+from tools.conformance.record_stub import TIMEOUT_INSTRUCTIONS, death, sparse
 from tools.conformance.unaccepted_table import read_table
 
 _LOADFLAGS_AT, _ = field_extents(BOOT_PARAMS)["hdr.loadflags"]
@@ -41,7 +44,7 @@ def run_decompressor(case: dict[str, Any], image: bytes, ours: bool = False, ful
     Where the recorded run read the TSC to choose a place, the TSC is set so that the choice is the recorded one. With
     ``chosen_by_tsc`` the case says that ``tsc0`` leads there, as it does where boot_params are the same to the byte.
     With ``ours`` our decompressor runs in its place. With ``full`` the kernel is unpacked by the real one too, and
-    ``image`` is the memory that it was unpacked to. A guest that dies leaves as ``BootError``.
+    ``image`` stands for the memory that it was unpacked to. ``died`` says how a guest died, if it did.
     """
     run = _OurRun(case, image, full) if ours else _RealRun(case, image, full)
     if not case.get("chosen_by_tsc"):
@@ -92,7 +95,13 @@ class _Run(ABC):
 
     def results(self) -> dict[str, Any]:
         """Run, and say what came of it."""
-        self._run()
+        died = None
+        try:
+            self._run()
+        except MemoryFault as fault:
+            died = death(fault)
+        except GuestPanic:
+            died = "halted"
         case, accepts, physical = self._case, self._td.accepts(), self._td.physical
         output, virtual = self._unpacked_for
         table = read_table(physical, case["table"]["pa"]) if case["table"] else None
@@ -108,7 +117,13 @@ class _Run(ABC):
             "serial": [r.event.text for r in self._td.trace.records if isinstance(r.event, Print)],
             "rdtsc": self._td.rdtscs,
             "boot_params": sparse(params),
-        }
+            "died": died,
+        } | ({"image": self._kernel_hash(output)} if self._full and output is not None else {})
+
+    def _kernel_hash(self, output: int) -> str:
+        """SHA-256 of the kernel in memory: all that was unpacked."""
+        size = len(unpack(self._set_up.bzimage.payload(self._image)).vmlinux)
+        return hashlib.sha256(self._td.physical.read(output, size)).hexdigest()
 
     def _tscs_of_the_choice(self) -> list[int]:
         """The values of the TSC that make the recorded choice: for the physical place, then for the virtual one."""
