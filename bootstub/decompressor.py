@@ -38,7 +38,7 @@ _LA57 = 1 << 16
 _SOURCE = "arch/x86/boot/compressed/misc.c, extract_kernel()"
 
 FindRecord = Callable[[Machine, GuestRecord], Accept | None]
-"""Finds the record of unaccepted memory: ``accept(start, end)`` what it says of a range; None if nothing is on record."""
+"""Finds the record of unaccepted memory; returns what accepts a range according to it, None without a record."""
 
 
 def bitmap_of_boot_params(machine: Machine, params: GuestRecord) -> Accept | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from bootstub.kaslr import find_build_string
 from guest.memory import GuestMemory
 from guest.records import GuestRecord
 
 _HEAD_SIZE = 0x1000
 _INIT_SIZE_MINUS_END = re.compile(rb"\x8b\x9e\x60\x02\0\0\x81\xeb(....)\x48\x01\xeb", re.DOTALL)
 """movl init_size(%rsi), %ebx; subl $_end, %ebx; addq %rbp, %rbx."""
-_BUILD_STRING = re.compile(rb"[0-9][^\0 ]* \([^\0@()]+@[^\0()]+\) \([^\0]+\) #[^\0]*\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,9 @@ class DecompressorImage:
         )  # fmt: skip
         found = _INIT_SIZE_MINUS_END.search(memory.read(startup_32, min(_HEAD_SIZE, offset)))
         end = int.from_bytes(found[1], "little") if found else init_size
-        return cls(startup_32, range(offset, offset + length), end if offset + length <= end <= init_size else init_size)
+        return cls(
+            startup_32, range(offset, offset + length), end if offset + length <= end <= init_size else init_size
+        )
 
     def moved(self, memory: GuestMemory, output: int, init_size: int) -> DecompressorImage:
         """Move it so that it ends where the memory from ``output`` on does; returns the image at its new place."""
@@ -55,12 +57,7 @@ class DecompressorImage:
         return memory.read(self.input_data, len(self.payload))
 
     def build_string(self, memory: GuestMemory) -> bytes:
-        """The text by which one build differs from another: release, who built it, with what, and when.
-
-        It ends with a NUL; an image without one gives nothing.
-        """
-        for start, end in ((0, self.payload.start), (self.payload.stop, self.end)):
-            found = _BUILD_STRING.search(memory.read(self.startup_32 + start, end - start))
-            if found:
-                return found[0]
-        return b""
+        """The build string, as ``bootstub.kaslr.build_string()`` has it."""
+        at, payload = self.startup_32, self.payload
+        before = find_build_string(memory.read(at, payload.start))
+        return before or find_build_string(memory.read(at + payload.stop, self.end - payload.stop))

@@ -6,6 +6,7 @@ drivers/firmware/efi/libstub/randomalloc.c, efi_random_alloc().
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from guest.units import round_down, round_up
 
 MIX_CONSTANT = 0x5D60_08CB_F384_8DD3
 _ROTATION = 7
+_BUILD_STRING = re.compile(rb"[0-9][^\0 ]* \([^\0@()]+@[^\0()]+\) \([^\0]+\) #[^\0]*\0")
 _FEATURES, _RDRAND, _TSC = 1, 1 << 30, 1 << 4
 
 
@@ -27,12 +29,21 @@ def boot_seed(build: bytes, boot_params: bytes) -> int:
     return _rotate_xor(_rotate_xor(0, build), boot_params)
 
 
-def build_string(image: bytes) -> bytes:
-    """The build string of ``image``, a bzImage; empty if it has none."""
-    bzimage = parse_bzimage(image)
-    release = (bzimage.kernel_version or "").partition(" ")[0].encode()
-    start = image.find(release, bzimage.protected_mode_offset)
-    return image[start : image.find(b"\0", start) + 1] if start >= 0 and release else b""
+def build_string(bzimage: bytes) -> bytes:
+    """The text by which one build of a decompressor differs from another, with its NUL: release, by whom, with what.
+
+    It is looked for around the payload; empty if there is none.
+    """
+    header = parse_bzimage(bzimage)
+    payload = header.protected_mode_offset + header.payload_offset
+    before = find_build_string(bzimage[header.protected_mode_offset : payload])
+    return before or find_build_string(bzimage[payload + header.payload_length :])
+
+
+def find_build_string(code: bytes) -> bytes:
+    """The build string in ``code``, with its NUL; empty if there is none."""
+    found = _BUILD_STRING.search(code)
+    return found[0] if found else b""
 
 
 def kaslr_get_random_long(machine: Machine, seed: int) -> int:

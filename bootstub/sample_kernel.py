@@ -210,7 +210,7 @@ def _init_size(end: int, input_len: int, output_len: int, total_size: int) -> in
 
 
 def _protected_mode(payload: bytes, compression: str) -> tuple[bytes, int, int]:
-    """The code from startup_32 on with ``payload`` in it; its EFI handover entry's offset; its size with heap and stack.
+    """The code from startup_32 on around ``payload``; its EFI handover entry's offset; its size with heap and stack.
 
     Behind the halt at startup_64 stand what a decompressor would move itself by, and the build string.
     """

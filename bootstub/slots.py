@@ -51,7 +51,7 @@ def slot_address(areas: Iterable[SlotArea], align: int, number: int) -> int | No
 
 
 class Slots:
-    """The places for a kernel of ``image_size`` bytes from ``minimum`` up to ``limit``, none over a region of ``avoid``.
+    """The places for a kernel of ``image_size`` bytes from ``minimum`` up to ``limit``, none of them over ``avoid``.
 
     ``align`` is CONFIG_PHYSICAL_ALIGN; ``gb_huge_pages`` pages of 1 GiB are skipped, the lowest that are met.
     ``immovable``, if there is any, is the only memory that counts.

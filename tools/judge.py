@@ -1,4 +1,4 @@
-"""``unaccepted judge --kernel vmlinuz``: our stub, or decompressor, and the image's own code on the same random set-ups.
+"""``unaccepted judge --kernel vmlinuz``: our code and the image's own on the same random set-ups.
 
 A difference is shown with the set-up that makes it; ``--save DIR`` keeps that as a case, ``stub.NUMBER.jsonl``, with
 what the real code did, for ``unaccepted conform --ours``.

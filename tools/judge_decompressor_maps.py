@@ -11,8 +11,19 @@ from typing import Any
 
 from bootstub.setup_data import SetupDataType
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, SZ_1G, SZ_1M, SZ_2M, SZ_4G, SZ_16M
-from guest.units import round_down, round_up
+from guest.units import (
+    BITS_PER_BYTE,
+    DIV_ROUND_UP,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SZ_1G,
+    SZ_1M,
+    SZ_2M,
+    SZ_4G,
+    SZ_16M,
+    round_down,
+    round_up,
+)
 
 Row = list[int]
 _WB, _RUNTIME = 0xF, int(EfiMemoryAttribute.EFI_MEMORY_RUNTIME)
@@ -125,7 +136,7 @@ def _option(case: dict[str, Any], text: str) -> None:
 
 def _somewhere(rng: random.Random, case: dict[str, Any], kinds: tuple[int, ...] = (_FREE, _UNACCEPTED)) -> int:
     """An address, of a whole page, in a row of these kinds."""
-    rows = [row for row in case["memmap"] if row[0] in kinds and row[1] >= SZ_1M and row[2] > 300]
+    rows: list[Row] = [row for row in case["memmap"] if row[0] in kinds and row[1] >= SZ_1M and row[2] > 300]
     row = rng.choice(rows)
     return row[1] + (rng.randrange(row[2] - 300) << PAGE_SHIFT)
 
@@ -167,7 +178,7 @@ def _memmap(rng: random.Random, case: dict[str, Any]) -> None:
 
 def _hugepages(rng: random.Random, case: dict[str, Any]) -> None:
     case["memmap"][:] = [row for row in case["memmap"] if _end(row) <= SZ_4G]
-    case["memmap"] += _high(rng, 4) + [_row(_UNACCEPTED, 16 * SZ_1G + SZ_2M, rng.randrange(1 << 18, 1 << 21))]
+    case["memmap"] += [*_high(rng, 4), _row(_UNACCEPTED, 16 * SZ_1G + SZ_2M, rng.randrange(1 << 18, 1 << 21))]
     _option(case, f"hugepagesz={rng.choice(('1G', '1024M', '2M'))} hugepages={rng.choice((1, 2, 5, '0x2', 100))}")
     if rng.random() < 0.3:
         _option(case, f"hugepagesz={rng.choice(('1G', '2M'))} hugepages={rng.randrange(4)}")
@@ -190,7 +201,8 @@ def _setup_data(rng: random.Random, case: dict[str, Any]) -> None:
 
 def _srat(rng: random.Random, case: dict[str, Any]) -> None:
     top = max(map(_end, case["memmap"]))
-    nodes, at = [], 0
+    nodes: list[Row] = []
+    at = 0
     while at < top and len(nodes) < 60:
         size = rng.choice((SZ_1G // 2, SZ_1G, 3 * SZ_1G, 100 * SZ_1M + PAGE_SIZE, 0))
         nodes.append([at, size, rng.choice((0, 0, _HOT_PLUGGABLE_NODE))])
@@ -204,7 +216,9 @@ def _e820(rng: random.Random, case: dict[str, Any]) -> None:
     for row in case["memmap"]:
         if row[0] == _UNACCEPTED:
             row[0] = _FREE
-    case["e820"] = [[row[1], row[2] << PAGE_SHIFT, 1 if row[0] in (_LOADER, _BOOT, _FREE) else 2] for row in case["memmap"]]
+    case["e820"] = [
+        [row[1], row[2] << PAGE_SHIFT, 1 if row[0] in (_LOADER, _BOOT, _FREE) else 2] for row in case["memmap"]
+    ]
     _plain(rng, case)
 
 
@@ -221,8 +235,10 @@ def _none(rng: random.Random, case: dict[str, Any]) -> None:
 
 
 def _odd(rng: random.Random, case: dict[str, Any]) -> None:
-    texts = ("mem_encrypt=on", "mem_encrypt=off", "-- mem=1G", 'x="a mem=2G" mem=8G', "memmap", "mem hugepages", "no5lvl",
-             '"mem=3G"', "=mem=1G", "hugepages=3", 'mem="5G"')  # fmt: skip
+    texts = (
+        "mem_encrypt=on", "mem_encrypt=off", "-- mem=1G", 'x="a mem=2G" mem=8G', "memmap", "mem hugepages", "no5lvl",
+        '"mem=3G"', "=mem=1G", "hugepages=3", 'mem="5G"',
+    )  # fmt: skip
     for text in rng.sample(texts, 3):
         _option(case, text)
 

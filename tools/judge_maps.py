@@ -125,7 +125,7 @@ def _pretable(rng: random.Random, case: dict[str, Any]) -> None:
     if rng.random() < 0.5:
         base += unit * rng.randrange(-3, max((high - low) // unit, 1) + 3)
     if rng.random() < 0.5:
-        end = base + rng.randrange(high - low + 8 * unit)
+        end = base + rng.choice((0, rng.randrange(high - low + 8 * unit)))
     size = max(DIV_ROUND_UP(end - base, unit * 8), 0) + rng.randrange(3)
     case["pretable"] = {
         "version": rng.choice((1, 1, 1, 2)), "unit_size": unit, "phys_base": base, "size": size, "bits": [],

@@ -19,7 +19,7 @@ from guest.entropy import Entropy
 from guest.errors import FormatError
 from guest.ranges import Range, RangeSet
 from guest.trace import Record
-from guest.units import SZ_1M, round_down, size_text
+from guest.units import round_down, size_text
 from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.pipeline import Boot, BootConfig, stages_of
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     protocols, sizes = args.protocol or _PROTOCOLS, args.memory or _MEMORY
     spreads = [_spread(args, protocol, memory) for protocol in protocols for memory in sizes]
     if args.json:
-        print(json_text({"schema": 1, "seeds": args.seeds, "spreads": [_json(spread) for spread in spreads]}, args.json))
+        print(
+            json_text({"schema": 1, "seeds": args.seeds, "spreads": [_json(spread) for spread in spreads]}, args.json)
+        )
         return 0
     columns = ["protocol", "memory", "areas", "slots", "of them unaccepted", "chosen", "of them unaccepted", "stays"]
     print_table(columns, [_row(spread) for spread in spreads])
@@ -165,17 +167,15 @@ def _share(part: int, whole: int) -> str:
 def _row(spread: Spread) -> list[str]:
     chosen, slots = sum(spread.places.values()), spread.choice.slots
     return [
-        spread.protocol, spread.memory, str(len(spread.choice.areas)), str(slots), _share(spread.slots_unaccepted(), slots),
-        str(chosen), _share(spread.chosen_unaccepted(), chosen), str(spread.stays),
+        spread.protocol, spread.memory, str(len(spread.choice.areas)), str(slots),
+        _share(spread.slots_unaccepted(), slots), str(chosen), _share(spread.chosen_unaccepted(), chosen),
+        str(spread.stays),
     ]  # fmt: skip
 
 
 def _print_histogram(spread: Spread) -> None:
-    size = size_text(round_down(spread.choice.size, SZ_1M))
-    print(
-        f"{spread.protocol}, {spread.memory}: {len(spread.places)} physical and {len(spread.virtual)} virtual addresses "
-        f"chosen for {size}"
-    )
+    size, physical, virtual = size_text(spread.choice.size), len(spread.places), len(spread.virtual)
+    print(f"{spread.protocol}, {spread.memory}: {physical} physical and {virtual} virtual addresses chosen for {size}")
     rows = list(spread.histogram())
     top = max((chosen for _, chosen, _ in rows), default=0)
     for place, chosen, slots in rows:

@@ -33,8 +33,8 @@ _TABLE_VERSION = 1
 _SRAT_MEMORY, _SRAT_ENABLED = 1, 1
 
 SET_UP = (
-    "id", "profile", "cmdline", "descs", "memmap", "max_level", "tsc0", "load", "cmdline_pa", "boot_params_pa", "initrd",
-    "setup_data", "srat", "e820",
+    "id", "profile", "cmdline", "descs", "memmap", "max_level", "tsc0", "load", "cmdline_pa", "boot_params_pa",
+    "initrd", "setup_data", "srat", "e820",
 )  # fmt: skip
 """Fields of a case that say what is run, and ``table`` without its ``bits_after``; the others say what came of it."""
 

@@ -18,7 +18,6 @@ from bootstub.events import KernelPlaced
 from bootstub.kaslr import boot_seed, build_string
 from bootstub.setup_header import LoadFlags
 from bootstub.unpack import unpack
-from bootstub.unpack import unpack
 from cpu.run import RealCode, RunOptions
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
 from guest.errors import GuestPanic, MemoryFault
