@@ -67,6 +67,15 @@ def _high(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
     return rows
 
 
+def _blocks(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
+    """``pieces`` of unaccepted memory from ``at`` on, with whole blocks of 2 MiB in each, most with a hole behind."""
+    rows: list[Row] = []
+    for _ in range(pieces):
+        rows.append(_row(_UNACCEPTED, at, rng.randrange(2048, 65536)))
+        at = _end(rows[-1]) + rng.choice((0, PAGE_SIZE, 9 * SZ_2M, SZ_1G))
+    return rows
+
+
 def _end(row: Row) -> int:
     return row[1] + (row[2] << PAGE_SHIFT)
 
@@ -118,6 +127,8 @@ def _pretable(rng: random.Random, case: dict[str, Any]) -> None:
 
     What lies wholly behind a table makes the real stub accept from the table's end on, also what is no RAM: it dies.
     """
+    if rng.random() < 0.5:
+        case["descs"] = [*_low(rng, 3), *_blocks(rng, rng.randrange(2, 6))]
     rows = [row for row in case["descs"] if row[0] == _UNACCEPTED]
     unit = rng.choice((SZ_1M, SZ_2M, 2 * SZ_2M))
     low, high = rows[0][1] // unit * unit, _end(rows[-1])

@@ -61,7 +61,7 @@ def test_as_text(command):
     """A line for each protocol and size, then how the addresses spread: their sums are the seeds and the slots."""
     answer = command("kaslr", "--seeds", "20", "--memory", "5G", "--protocol", "v9")
     header, row, empty, title, *lines = answer.out.splitlines()
-    assert header.split() == "protocol memory areas slots of them unaccepted chosen of them unaccepted stays".split()
+    assert "  of them unaccepted  " in header
     assert row.split()[:2] == ["v9", "5G"]
     assert (empty, title.startswith("v9, 5G: ")) == ("", True)
     words = [line.split() for line in lines]
@@ -71,10 +71,11 @@ def test_as_text(command):
 
 def test_no_place(command):
     """A kernel that finds no place is counted as one that stays."""
-    answer = command("kaslr", "--seeds", "3", "--memory", "4G", "--protocol", "v9", "--cmdline", "mem=20M", "--json=short")
+    words = ("kaslr", "--seeds", "3", "--memory", "4G", "--protocol", "v9", "--cmdline", "mem=20M")
+    answer = command(*words, "--json=short")
     (each,) = json.loads(answer.out)["spreads"]
     assert (each["slots"], each["chosen"], each["stays"], len(each["virtual"])) == (0, 0, 3, 3)
-    assert command("kaslr", "--seeds", "3", "--memory", "4G", "--protocol", "v9", "--cmdline", "mem=20M").status == 0
+    assert command(*words).status == 0
 
 
 def test_a_thousand_seeds_are_one_boot(command):
