@@ -6,6 +6,7 @@ Sources: arch/x86/boot/compressed/acpi.c, get_rsdp_addr() and count_immovable_me
 
 from __future__ import annotations
 
+import re
 import struct
 from uuid import UUID
 
@@ -88,8 +89,9 @@ def _bios_get_rsdp_addr(memory: GuestMemory) -> int:
     windows = [(ebda, _EBDA_WINDOW)] if ebda > _EBDA_MIN else []
     for start, size in [*windows, (_BIOS_WINDOW, _BIOS_WINDOW_SIZE)]:
         data = memory.read(start, size)
-        for at in range(0, size, _SCAN_STEP):
-            if data[at : at + len(_RSDP)] == _RSDP and _valid(data[at : at + _RSDP_SIZE]):
+        for found in re.finditer(_RSDP, data):
+            at = found.start()
+            if at % _SCAN_STEP == 0 and _valid(data[at : at + _RSDP_SIZE]):
                 return start + at
     return 0
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from bootstub.kernel_layout import MIN_KERNEL_ALIGN
 from bootstub.payload import decompress
 from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
+from guest.errors import FormatError
 from guest.units import round_up
 
 
@@ -25,9 +26,17 @@ class Unpacked:
         return round_up(max(len(self.vmlinux), self.total_size), MIN_KERNEL_ALIGN)
 
 
-@lru_cache(maxsize=1)
 def unpack(payload: bytes, at: int = 0) -> Unpacked:
-    """Unpack ``payload``, which was found at ``at``."""
-    vmlinux = decompress(payload, at=at)
+    """Unpack ``payload``, which was found at ``at``; the last one is remembered."""
+    try:
+        return _unpack(payload)
+    except FormatError:
+        decompress(payload, at=at)  # what is wrong with the payload has a place in memory
+        raise
+
+
+@lru_cache(maxsize=1)
+def _unpack(payload: bytes) -> Unpacked:
+    vmlinux = decompress(payload)
     kernel = load_segments(vmlinux)
     return Unpacked(vmlinux, kernel, kernel_total_size(vmlinux, kernel))

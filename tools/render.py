@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
-from bootstub.events import KernelPlaced
+from bootstub.events import KaslrChoice, KernelPlaced, PagingLevels
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
@@ -33,6 +33,10 @@ def event_text(event: Event) -> str:
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
         case KernelPlaced(physical, virtual, segments):
             return f"kernel at {physical:#x}, {segments} segments, virtual offset {virtual:#x}"
+        case KaslrChoice(areas, align, size, _):
+            return f"KASLR: {event.slots} places in {len(areas)} areas, {align:#x} apart, for {size:#x} bytes"
+        case PagingLevels(levels, la57):
+            return f"page tables of {levels} levels, processor {'with' if la57 else 'without'} LA57"
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):
