@@ -51,6 +51,11 @@ class KaslrChoice(Event):
     hash: int
 
     @property
+    def name(self) -> str:
+        """One name for the choices of stub and decompressor."""
+        return KaslrChoice.__name__
+
+    @property
     def slots(self) -> int:
         """Number of physical places."""
         return sum(area.num for area in self.areas)

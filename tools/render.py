@@ -187,12 +187,12 @@ def record_json(record: Record) -> dict[str, Any]:
     return {"number": record.number, "stage": record.stage, "ns": record.ns, "event": record.event.name} | fields
 
 
-_ADDRESSES = frozenset({"rcx", "r12", "r13", "gpa", "start", "end", "status"})
+_ADDRESSES = frozenset({"rcx", "r12", "r13", "gpa", "start", "end", "status", "hash", "given"})
 
 
 def _json_value(name: str, value: object) -> object:
     if isinstance(value, tuple):
-        return [f"{item:#x}" for item in value]
+        return [_json_value(name, item) if isinstance(item, tuple) else f"{item:#x}" for item in value]
     if isinstance(value, int) and not isinstance(value, Enum) and name in _ADDRESSES:
         return f"{value:#x}"
     return value

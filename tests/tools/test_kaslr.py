@@ -69,6 +69,21 @@ def test_as_text(command):
     assert sum(int(each[3]) for each in words) == 20
 
 
+def test_the_choice_is_in_the_trace(command, tmp_path, file):
+    """``boot --save`` writes it down, and ``step`` stops at it, for both protocols."""
+    for protocol in ("v9", "mainline"):
+        words = ("--cmdline", "", "--protocol", protocol, "--seed", "1")
+        assert command("boot", *words, "--until", "setup-arch", "--save", tmp_path).status == 0
+        lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+        (choice,) = [line for line in lines if line["event"] == "KaslrChoice"]
+        assert all(int(addr, 16) % 0x200000 == 0 and int(num, 16) > 0 for addr, num in choice["areas"])
+        answer = command("step", *words, "--commands", file("commands", "break KaslrChoice\ncontinue\nquit\n"))
+        stops = [line for line in answer.out.splitlines() if line.startswith("stopped at ")]
+        assert answer.status == 0
+        assert " KASLR: " in stops[-1]
+        assert stops[-1].endswith(" areas, 0x200000 apart, for 0x800000 bytes")
+
+
 def test_no_place(command):
     """A kernel that finds no place is counted as one that stays."""
     words = ("kaslr", "--seeds", "3", "--memory", "4G", "--protocol", "v9", "--cmdline", "mem=20M")
