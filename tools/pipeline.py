@@ -68,7 +68,7 @@ class BootConfig:
     with ``host_ahead`` it does so before the TD runs, and not when an exit asks for it. ``run`` names how much of the
     kernel image runs as real code (a key of ``RUNS``); ``full``, ``until`` and ``timeout`` say how far, see
     ``cpu.run.RunOptions``, and ``ve`` which instructions raise #VE, see ``cpu.exits.VeConfig``. ``seed`` decides what
-    is random in real code. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
+    is random. ``faults`` is what a hostile host does, and ``sanitize`` what a finding of the sanitizer
     does: ``error`` ends the boot, ``warn`` is told, and with ``off`` there is no sanitizer.
     """
 
