@@ -17,7 +17,15 @@ from tools.judge_decompressor_maps import set_up
 
 FIELDS = [name for name in field_extents(BOOT_PARAMS) if not name.startswith(("edd", "edid", "_pad", "screen_info.v"))]
 VALUES = (0, 1, 0xFF, 0x1000, 0xFFFF, 0x200_0000, 0x7FFF_FFFF, 0xFFFF_FFFF, 1 << 52, (1 << 64) - 1)
-WORDS = ("mem=1G", "memmap=1M$0x100000000,16E$1G", "hugepagesz=1G", "hugepages=99999999999", "acpi_rsdp=1234", "--", '"')
+WORDS = (
+    "mem=1G",
+    "memmap=1M$0x100000000,16E$1G",
+    "hugepagesz=1G",
+    "hugepages=99999999999",
+    "acpi_rsdp=1234",
+    "--",
+    '"',
+)
 
 
 def started(number: int) -> str:
@@ -46,10 +54,12 @@ def test_a_kernel_or_a_refusal():
     assert {"started", "FormatError", "MemoryFault"} <= ends
 
 
-@pytest.mark.parametrize(("field", "value"), [("efi_memdesc_size", 0), ("efi_memdesc_size", 8), ("efi_memmap_size", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("efi_memdesc_size", 0), ("efi_memdesc_size", 8), ("efi_memmap_size", -1)]
+)
 def test_a_memory_map_that_is_none(new_boot, field, value):
     """A map without a size of descriptors, or one that is no loader's, is refused in one line."""
     boot = new_boot("efi-stub", cmdline="")
     GuestRecord(boot.machine.memory, boot.machine.regs.rsi, BOOT_PARAMS)[f"efi_info.{field}"] = value & 0xFFFF_FFFF
-    with pytest.raises(FormatError, match="EFI memory map|efi_info"):
+    with pytest.raises(FormatError, match=r"EFI memory map|efi_info"):
         boot.run("decompress")

@@ -14,7 +14,7 @@ from bootstub.decompressor import MAINLINE_DECOMPRESSOR, decompress
 from bootstub.decompressor_image import DecompressorImage
 from bootstub.events import DecompressorChoice, KernelPlaced, PagingLevels
 from bootstub.kaslr import build_string
-from bootstub.sample_kernel import POINTERS_64_OFFSET
+from bootstub.sample_kernel import POINTERS_64_OFFSET, build_bzimage, build_vmlinux
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import GuestPanic
 from guest.records import GuestRecord
@@ -67,6 +67,19 @@ def test_the_whole_boot_with_kaslr(new_boot, memory, seed):
     assert unaccepted_by_bitmap(boot) == unaccepted_by_module(boot)
     pointers = struct.unpack("<4Q", boot.physical.read(placed.physical + 2 * MIB + POINTERS_64_OFFSET, 32))
     assert pointers == tuple(0xFFFF_FFFF_8000_0000 + placed.virtual + n * PAGE for n in range(4))
+
+
+@pytest.mark.parametrize(("seed", "place"), [(2187, 0x17F80_0000), (3058, 0x7D00_0000)])
+def test_the_last_place_of_a_region(new_boot, seed, place):
+    """A kernel right below the end of RAM is reserved up to there, though its decompressor needs more memory."""
+    kernel = build_bzimage(build_vmlinux(), compression="bzip2")
+    boot = new_boot(None, kernel=kernel, cmdline="", seed=seed)
+    assert event(boot, KernelPlaced).physical == place
+    assert boot.kernel.image.start == place
+    assert parse_bzimage(kernel).init_size > SIZE
+    assert boot.kernel.image.end <= 6 * GIB
+    assert boot.kernel.max_pfn == 6 * GIB >> 12
+    assert unaccepted_by_bitmap(boot) == unaccepted_by_module(boot)
 
 
 def test_the_seed_decides(located):
