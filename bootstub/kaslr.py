@@ -6,10 +6,12 @@ drivers/firmware/efi/libstub/randomalloc.c, efi_random_alloc().
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 
 from bootstub.bzimage import parse_bzimage
+from bootstub.slots import SlotArea
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.machine import Machine
@@ -18,16 +20,30 @@ from guest.units import round_down, round_up
 
 MIX_CONSTANT = 0x5D60_08CB_F384_8DD3
 _ROTATION = 7
+_BUILD_STRING = re.compile(rb"[0-9][^\0 ]* \([^\0@()]+@[^\0()]+\) \([^\0]+\) #[^\0]*\0")
 _FEATURES, _RDRAND, _TSC = 1, 1 << 30, 1 << 4
 
 
-def boot_seed(image: bytes, boot_params: bytes) -> int:
-    """The hash that randomness starts from: over the build string of ``image``, a bzImage, and all of boot_params."""
-    bzimage = parse_bzimage(image)
-    release = (bzimage.kernel_version or "").partition(" ")[0].encode()
-    start = image.find(release, bzimage.protected_mode_offset)
-    build = image[start : image.find(b"\0", start) + 1] if start >= 0 and release else b""
+def boot_seed(build: bytes, boot_params: bytes) -> int:
+    """The hash that randomness starts from: over the build string, with its NUL, and all of boot_params."""
     return _rotate_xor(_rotate_xor(0, build), boot_params)
+
+
+def build_string(bzimage: bytes) -> bytes:
+    """The text by which one build of a decompressor differs from another, with its NUL: release, by whom, with what.
+
+    It is looked for around the payload; empty if there is none.
+    """
+    header = parse_bzimage(bzimage)
+    payload = header.protected_mode_offset + header.payload_offset
+    before = find_build_string(bzimage[header.protected_mode_offset : payload])
+    return before or find_build_string(bzimage[payload + header.payload_length :])
+
+
+def find_build_string(code: bytes) -> bytes:
+    """The build string in ``code``, with its NUL; empty if there is none."""
+    found = _BUILD_STRING.search(code)
+    return found[0] if found else b""
 
 
 def kaslr_get_random_long(machine: Machine, seed: int) -> int:
@@ -44,24 +60,19 @@ def kaslr_get_random_long(machine: Machine, seed: int) -> int:
     return (product & MASK64) + (product >> 64) & MASK64
 
 
-def random_slot(
-    descriptors: Sequence[MemoryDescriptor], size: int, align: int, seed: int, minimum: int, soft_reserve: bool
-) -> int | None:
-    """The address that ``seed``, 32 bits, stands for among all aligned places for ``size`` bytes; None if none fits.
+def conventional_slots(
+    descriptors: Sequence[MemoryDescriptor], size: int, align: int, minimum: int, soft_reserve: bool
+) -> tuple[SlotArea, ...]:
+    """The aligned places for ``size`` bytes that efi_random_alloc() counts.
 
     Places lie in conventional memory from ``minimum`` on, in the order of the map; where some memory is more
     reliable, only that counts. Memory that can be unplugged does not, and with ``soft_reserve`` none for a special
     purpose.
     """
-    slots = [(first, count, d) for d in descriptors for first, count in [_slots(d, size, align, minimum, soft_reserve)]]
-    mirrored = [slot for slot in slots if slot[2].attribute & EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE]
-    slots = mirrored if any(count for _, count, _ in mirrored) else slots
-    target = sum(count for _, count, _ in slots) * seed >> 32
-    for first, count, _ in slots:
-        if target < count:
-            return first + target * align
-        target -= count
-    return None
+    slots = [(SlotArea(*_slots(d, size, align, minimum, soft_reserve)), d.attribute) for d in descriptors]
+    slots = [(area, attribute) for area, attribute in slots if area.num]
+    mirrored = [area for area, attribute in slots if attribute & EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE]
+    return tuple(mirrored or (area for area, _ in slots))
 
 
 def _slots(d: MemoryDescriptor, size: int, align: int, minimum: int, soft_reserve: bool) -> tuple[int, int]:

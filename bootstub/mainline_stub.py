@@ -7,30 +7,28 @@ Source: drivers/firmware/efi/libstub/x86-stub.c (6.12), efi_pe_entry(), efi_stub
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from bootstub.boot_params import BOOT_PARAMS_SIZE
 from bootstub.bzimage import parse_bzimage
 from bootstub.efi_call import EfiError
-from bootstub.events import KernelPlaced
-from bootstub.kaslr import boot_seed, kaslr_get_random_long, random_slot
-from bootstub.kernel_layout import CONFIG_PHYSICAL_ALIGN, KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR, MIN_KERNEL_ALIGN
-from bootstub.payload import decompress
+from bootstub.events import KernelPlaced, StubChoice
+from bootstub.kaslr import boot_seed, build_string, conventional_slots, kaslr_get_random_long
+from bootstub.kernel_layout import CONFIG_PHYSICAL_ALIGN, KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR
 from bootstub.random_seed import install_random_seed, random_bytes
 from bootstub.relocations import load_kernel
 from bootstub.setup_header import EFI_STUB_LOADER, LoadFlags
+from bootstub.slots import slot_address
 from bootstub.stub import Stub
-from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
+from bootstub.unpack import Unpacked, unpack
 from firmware import efi_types
 from firmware.efi_types import EfiMemoryType, EfiStatus
 from firmware.variables import DEFAULT_ATTRIBUTES
-from guest.units import round_down, round_up
 
 T = TypeVar("T")
 
 _INITRD_ADDR_MAX = 0x7FFF_FFFF
 _SEED_SIZE = 8
-_MASK32 = 0xFFFF_FFFF
 
 
 def mainline_stub(stub: Stub) -> None:
@@ -105,57 +103,59 @@ def _allow_unaccepted_memory(stub: Stub) -> None:
         stub.efi.print_error("Memory acceptance protocol failed")
 
 
+class _Draw(NamedTuple):
+    """A random number ``drawn`` from ``hash``, and what the firmware's generator has ``given``, to be mixed with it."""
+
+    given: int
+    hash: int
+    drawn: int
+
+
 def _unpack_kernel(stub: Stub) -> int:
     """efi_decompress_kernel(): choose a place, allocate it, unpack; returns the kernel's entry point."""
     image = stub.memory.read(stub.image["ImageBase"], stub.image["ImageSize"])
-    vmlinux, kernel, total = _unpacked(parse_bzimage(image).payload(image))
-    virtual, seed = LOAD_PHYSICAL_ADDR, 0
+    unpacked = unpack(parse_bzimage(image).payload(image))
+    draw, lowest = None, True
     if not stub.options.nokaslr:
-        physical_seed, virtual_seed = _seeds(stub, image)
-        room = KERNEL_IMAGE_SIZE - LOAD_PHYSICAL_ADDR - total
-        virtual = round_down(virtual + (room * virtual_seed >> 32), CONFIG_PHYSICAL_ALIGN)
+        draw = _draw(stub, image)
         stub.params["hdr.loadflags"] |= LoadFlags.KASLR_FLAG
-        seed = _physical_seed(stub, physical_seed)
-    output = _allocate(stub, round_up(max(len(vmlinux), total), MIN_KERNEL_ALIGN), seed)
-    load_kernel(stub.memory, vmlinux, kernel, output, virtual)
-    stub.machine.trace.add(KernelPlaced(output, virtual, len(kernel.segments)))
-    return output + kernel.entry - LOAD_PHYSICAL_ADDR
+        lowest = _memory_map_overridden(stub)
+    output, virtual = _allocate(stub, unpacked, draw, lowest)
+    load_kernel(stub.memory, unpacked.vmlinux, unpacked.kernel, output, virtual)
+    stub.machine.trace.add(KernelPlaced(output, virtual, len(unpacked.kernel.segments)))
+    return output + unpacked.kernel.entry - LOAD_PHYSICAL_ADDR
 
 
-@lru_cache(maxsize=1)
-def _unpacked(payload: bytes) -> tuple[bytes, Vmlinux, int]:
-    """The kernel in a payload: its file, its segments, and the memory that it needs in the end."""
-    vmlinux = decompress(payload)
-    kernel = load_segments(vmlinux)
-    return vmlinux, kernel, kernel_total_size(vmlinux, kernel)
-
-
-def _seeds(stub: Stub, image: bytes) -> tuple[int, int]:
-    """efi_get_seed(): 32 bits for the physical place and 32 for the virtual one."""
+def _draw(stub: Stub, image: bytes) -> _Draw:
+    """efi_get_seed(): 64 bits, of which one half is for the physical place and one for the virtual."""
     given = random_bytes(stub.efi, _SEED_SIZE) or bytes(_SEED_SIZE)
-    params = stub.memory.read(stub.params.gpa, 4096)
-    seed = int.from_bytes(given, "little") ^ kaslr_get_random_long(stub.machine, boot_seed(image, params))
-    return seed & _MASK32, seed >> 32
+    seed = boot_seed(build_string(image), stub.memory.read(stub.params.gpa, BOOT_PARAMS_SIZE))
+    return _Draw(int.from_bytes(given, "little"), seed, kaslr_get_random_long(stub.machine, seed))
 
 
-def _physical_seed(stub: Stub, seed: int) -> int:
-    """The seed of the physical place, or 0 for the first place that fits: a user's own map is not known here."""
+def _memory_map_overridden(stub: Stub) -> bool:
+    """Whether the first place that fits is to be taken: a user's own map is not known here."""
     override = stub.options.memmap_override
-    if override is None:
-        return seed
-    stub.info(f"{override}= detected on the kernel command line - disabling physical KASLR")
-    return 0
+    if override is not None:
+        stub.info(f"{override}= detected on the kernel command line - disabling physical KASLR")
+    return override is not None
 
 
-def _allocate(stub: Stub, size: int, seed: int) -> int:
-    """efi_random_alloc(): memory for the kernel at the place that ``seed`` stands for. Raises ``EfiError``."""
-    efi = stub.efi
+def _allocate(stub: Stub, unpacked: Unpacked, draw: _Draw | None, lowest: bool) -> tuple[int, int]:
+    """efi_random_alloc(): memory for the kernel, physical and virtual address. Raises ``EfiError``."""
+    efi, size = stub.efi, unpacked.needed_size
     memmap = efi.get_memory_map(stub.protocol.efi_mmap_nr_slack_slots)
-    place = random_slot(
-        efi.descriptors(memmap), size, CONFIG_PHYSICAL_ALIGN, seed, LOAD_PHYSICAL_ADDR, stub.options.soft_reserve
-    )
+    descriptors, soft_reserve = efi.descriptors(memmap), stub.options.soft_reserve
+    areas = conventional_slots(descriptors, size, CONFIG_PHYSICAL_ALIGN, LOAD_PHYSICAL_ADDR, soft_reserve)
+    if draw is None:
+        place, virtual = slot_address(areas, CONFIG_PHYSICAL_ALIGN, 0), LOAD_PHYSICAL_ADDR
+    else:
+        room = KERNEL_IMAGE_SIZE - LOAD_PHYSICAL_ADDR - unpacked.total_size
+        choice = StubChoice(areas, CONFIG_PHYSICAL_ALIGN, size, draw.hash, room, draw.given, lowest)
+        stub.machine.trace.add(choice)
+        place, virtual = choice.place(lambda: draw.drawn)
     done = place is not None and efi.allocate_pages_at(place, size, EfiMemoryType.EfiLoaderCode)
     efi.free_pool(memmap.pool)
     if place is None or not done:
         raise EfiError(EfiStatus.EFI_OUT_OF_RESOURCES)
-    return place
+    return place, virtual

@@ -51,6 +51,9 @@ _PT_LOAD, _PT_NOTE = 1, 4
 _R, _RX, _RW, _RWX = 4, 5, 6, 7
 
 _HALT = b"\xf4\xeb\xfd"  # hlt; jmp to the hlt
+_INIT_SIZE_MINUS_END = b"\x8b\x9e\x60\x02\0\0\x81\xeb%s\x48\x01\xeb"
+"""movl init_size(%rsi), %ebx; subl $_end, %ebx; addq %rbp, %rbx: where a decompressor moves itself."""
+_BUILD_STRING = b"6.3.0-unaccepted (sample@unaccepted) (no compiler) #1\0"
 _ENTRY_64 = 0x200
 """From a 32-bit entry point to its 64-bit one, at the start of the code and at ``handover_offset``."""
 
@@ -199,21 +202,25 @@ def _compress(data: bytes, compression: str) -> bytes:
     raise ValueError(f"compression {compression!r}: expected gzip, bzip2, lzma, xz, zstd or lz4")
 
 
-def _init_size(code_size: int, input_len: int, output_len: int, total_size: int, compression: str) -> int:
+def _init_size(end: int, input_len: int, output_len: int, total_size: int) -> int:
     """Memory for decompressing in place, or for the kernel itself if that is more (arch/x86/boot/header.S)."""
     extra = (output_len >> 8) + 2 * SZ_64K
     extract_offset = round_up(max(output_len - input_len, 0) + extra, PAGE_SIZE)
-    decompressor = code_size + _HEAP_SIZES.get(compression, SZ_64K) + _STACK_SIZE
-    return round_up(max(decompressor + extract_offset, total_size), PAGE_SIZE)
+    return round_up(max(end + extract_offset, total_size), PAGE_SIZE)
 
 
-def _protected_mode(payload: bytes) -> tuple[bytes, int]:
-    """The code from startup_32 on with ``payload`` in it, and the offset of its EFI handover entry."""
+def _protected_mode(payload: bytes, compression: str) -> tuple[bytes, int, int]:
+    """The code from startup_32 on around ``payload``; its EFI handover entry's offset; its size with heap and stack.
+
+    Behind the halt at startup_64 stand what a decompressor would move itself by, and the build string.
+    """
     entry = _HALT.ljust(_ENTRY_64, b"\0")
-    before = (2 * entry).ljust(_PAYLOAD_OFFSET, b"\0")[:_PAYLOAD_OFFSET]  # startup_32, startup_64
-    code = before + payload
-    code = code.ljust(round_up(len(code), _FILE_ALIGNMENT), b"\0")
-    return code + 3 * entry, len(code)  # efi32_stub_entry, efi64_stub_entry, efi_pe_entry
+    payload_end = round_up(_PAYLOAD_OFFSET + len(payload), _FILE_ALIGNMENT)
+    end = payload_end + 3 * _ENTRY_64 + _HEAP_SIZES.get(compression, SZ_64K) + _STACK_SIZE
+    startup_64 = _HALT + _INIT_SIZE_MINUS_END % struct.pack("<I", end) + _BUILD_STRING
+    code = (entry + startup_64).ljust(_PAYLOAD_OFFSET, b"\0") + payload
+    code = code.ljust(payload_end, b"\0") + 3 * entry  # efi32_stub_entry, efi64_stub_entry, efi_pe_entry
+    return code, payload_end, end
 
 
 def _pe_header(code_size: int, efi_pe_entry: int, init_size: int) -> bytes:
@@ -254,8 +261,8 @@ def build_bzimage(
     ``kernel_total_size`` is what ``vmlinux`` was built with.
     """
     payload = _compress(vmlinux, compression)
-    code, handover = _protected_mode(payload)
-    init_size = _init_size(len(code), len(payload), len(vmlinux), kernel_total_size, compression)
+    code, handover, end = _protected_mode(payload, compression)
+    init_size = _init_size(end, len(payload), len(vmlinux), kernel_total_size)
     setup = bytearray(_SETUP_SIZE)
     setup[0:2] = b"MZ"
     struct.pack_into("<I", setup, 0x3C, _PE_OFFSET)

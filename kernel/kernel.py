@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
+from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of
+from bootstub.e820_types import E820_TYPE_RAM
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import RecordCopy
-from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_BITS, SZ_2M, round_down
+from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_BITS, PHYSICAL_ADDRESS_END, SZ_2M, round_down
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import Memblock
@@ -44,7 +45,8 @@ class Kernel:
     def enter(cls, machine: Machine) -> Kernel:
         """x86_64_start_kernel(): RSI = boot_params, RIP in the image; copy what the loader left.
 
-        The image is taken to end ``init_size`` behind its start, since its own ``_end`` is the linker's secret.
+        The image is taken to end ``init_size`` behind its start, since its own ``_end`` is the linker's secret; or
+        where its RAM ends, if a decompressor that needs more memory than its kernel put that at the end of some.
         Source: arch/x86/kernel/head64.c, copy_bootdata().
         """
         regs, memory = machine.regs, machine.memory
@@ -62,7 +64,7 @@ class Kernel:
             params=params,
             command_line=command_line,
             early=parse_early_param(command_line),
-            image=Range(text, text + params["hdr.init_size"]),
+            image=Range(text, min(text + params["hdr.init_size"], _end_of_ram(params, text))),
             unaccepted=unaccepted,
             memblock=Memblock(accept_memory, clear_memory=memory.clear, panic=machine.panic),
         )
@@ -90,6 +92,12 @@ class Kernel:
         if found:
             self.machine.memory.clear(found, found + size)
         return found
+
+
+def _end_of_ram(params: RecordCopy, address: int) -> int:
+    """Where the RAM that holds ``address`` ends, by the firmware's table; nowhere, if the table does not have it."""
+    ends = [e.addr + e.size for e in e820_table_of(params.data) if e.type == E820_TYPE_RAM and e.addr <= address]
+    return next((end for end in ends if address < end), PHYSICAL_ADDRESS_END)
 
 
 def _command_line(machine: Machine, at: int) -> str:

@@ -20,6 +20,7 @@ VERBS = {
     "step": "boot a guest stage by stage, or to an event, and look at it",
     "dump": "show a structure: boot-params, tdvf, hob, acpi",
     "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
+    "kaslr": "where KASLR puts the kernel, over many seeds; how much of that is unaccepted?",
     "map": "show, convert and compare memory maps",
     "conform": "run recorded answers of the real code through our stages",
     "judge": "run our stub and a real one on random memory maps; do they do the same?",

@@ -41,6 +41,8 @@ FAMILIES = {
 }
 """Families with a module ``tools.conformance.FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
+OURS = ("stub", "decompressor")
+"""Families of a kernel image where a stage of ours can take the place of the image's own code."""
 RECORDABLE = tuple(family for family, image in FAMILIES.items() if image)
 """Their modules ``tools.conformance.record_FAMILY`` have ``record(case, image)``."""
 
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
     runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
-    parser.add_argument("--ours", action="store_true", help="for stub: run our stage on the image, not its own code")
+    parser.add_argument("--ours", action="store_true", help="run our stage on the image, not its own code")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
@@ -204,8 +206,8 @@ def _family(path: Path, known: tuple[str, ...]) -> str:
 
 
 def _ours(family: str, args: argparse.Namespace) -> bool:
-    if args.ours and family != "stub":
-        raise FormatError("--ours", found=f"family {family!r}", expected="stub", source=_SOURCE)
+    if args.ours and family not in OURS:
+        raise FormatError("--ours", found=f"family {family!r}", expected=" or ".join(OURS), source=_SOURCE)
     return bool(args.ours)
 
 

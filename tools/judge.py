@@ -1,7 +1,7 @@
-"""``unaccepted judge --kernel vmlinuz``: our stub and the image's own code on the same random set-ups.
+"""``unaccepted judge --kernel vmlinuz``: our code and the image's own on the same random set-ups.
 
 A difference is shown with the set-up that makes it; ``--save DIR`` keeps that as a case, ``stub.NUMBER.jsonl``, with
-what the real stub did, for ``unaccepted conform --ours``.
+what the real code did, for ``unaccepted conform --ours``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from guest.errors import BootError
 from tools.cli import script
 from tools.config import read_file
-from tools.judge_maps import set_up
 from tools.parallel import in_parallel
 from tools.progress import counted
 from tools.render import add_json_option, json_text
@@ -25,8 +23,15 @@ from tools.render import add_json_option, json_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--kernel", metavar="FILE", required=True, help="the kernel image whose stub is the judge")
+    parser.add_argument("--kernel", metavar="FILE", required=True, help="the kernel image whose code is the judge")
+    parser.add_argument(
+        "--decompressor", action="store_true", help="its decompressor, entered by a boot loader, not its EFI stub"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="with --decompressor: let it unpack the kernel, and compare that (slow)"
+    )
     parser.add_argument("--maps", metavar="N", type=int, default=200, help="how many set-ups (default 200)")
+    parser.add_argument("--first", metavar="N", type=int, default=0, help="number of the first set-up (default 0)")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="which set-ups (default 1)")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--save", metavar="DIR", type=Path, help="write set-ups that differ to this directory")
@@ -36,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """``case`` is the set-up with what the real stub did; ``left_out`` says why nothing was compared."""
+    """``case`` is the set-up with what the real code did; ``death`` is how both guests died, if they did."""
 
     case: dict[str, Any]
     differences: list[str] = field(default_factory=list)
-    left_out: str = ""
+    death: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Judge:
+class _JudgeOfStub:
     """Runs the set-up with a number. It goes to other processes; each reads the image once."""
 
     kernel: str
@@ -53,27 +58,33 @@ class _Judge:
     def __call__(self, number: int) -> _Verdict:
         from tools.conformance.record_stub import record, run_stub
         from tools.conformance.stub import differences
+        from tools.judge_maps import set_up
 
         case, image = set_up(number, self.seed), _image(self.kernel)
-        try:
-            real = record(case, image)
-        except BootError as death:
-            return self._both_die(case, image, death)
-        try:
-            ours = run_stub(case, image, ours=True)
-        except BootError as error:
-            return _Verdict(real, [f"our stub stopped: {error}"])
-        return _Verdict(real, differences(ours, real["out"], ours=True))
+        real = record(case, image, to_death=True)
+        ours = run_stub(case, image, ours=True, to_death=True)
+        return _Verdict(real, differences(ours, real["out"], ours=True), real["out"]["died"])
 
-    def _both_die(self, case: dict[str, Any], image: bytes, death: BootError) -> _Verdict:
-        """The real stub died: so must ours."""
-        from tools.conformance.record_stub import run_stub
 
-        try:
-            run_stub(case, image, ours=True)
-        except BootError:
-            return _Verdict(case, left_out=f"both die: {death}")
-        return _Verdict(case, [f"stop: found a guest that lives, expected {death}"])
+@dataclass(frozen=True, slots=True)
+class _JudgeOfDecompressor:
+    """The same for a decompressor; with ``full``, the kernel that it leaves is compared too."""
+
+    kernel: str
+    seed: int
+    full: bool
+
+    def __call__(self, number: int) -> _Verdict:
+        from bootstub.bzimage import parse_bzimage
+        from tools.conformance.decompressor import comparable, differences
+        from tools.conformance.record_decompressor import record, run_decompressor
+        from tools.judge_decompressor_maps import set_up
+
+        image = _image(self.kernel)
+        case = set_up(number, self.seed, parse_bzimage(image).init_size)
+        real = record(case, image, self.full)
+        ours = run_decompressor(real, image, ours=True, full=self.full)
+        return _Verdict(real, differences(ours, comparable(real), ours=True), real["died"])
 
 
 @lru_cache(maxsize=1)
@@ -83,55 +94,63 @@ def _image(kernel: str) -> bytes:
 
 def run(args: argparse.Namespace) -> int:
     """Run all set-ups; 1 if any differs."""
-    if args.jobs < 1 or args.maps < 1:
-        args.usage_error("--jobs and --maps take numbers from 1 on")
+    if args.jobs < 1 or args.maps < 1 or args.first < 0:
+        args.usage_error("--jobs and --maps take numbers from 1 on, --first from 0 on")
+    if args.full and not args.decompressor:
+        args.usage_error("--full goes with --decompressor")
     from bootstub.bzimage import parse_bzimage
     from cpu.binding import self_test
 
     parse_bzimage(_image(args.kernel))
     self_test()
-    differing, left_out = [], []
-    verdicts = in_parallel(_Judge(args.kernel, args.seed), iter(range(args.maps)), args.jobs, 1)
-    for verdict in counted("maps", verdicts):
-        if verdict.left_out:
-            left_out.append(verdict)
-        elif verdict.differences:
+    differing, dead = [], []
+    numbers = iter(range(args.first, args.first + args.maps))
+    for verdict in counted("maps", in_parallel(_judge(args), numbers, args.jobs, 1)):
+        if verdict.differences:
             differing.append(verdict)
-            _save(args.save, verdict.case)
-    _report(args, differing, left_out)
+            _save(args, verdict.case)
+        elif verdict.death is not None:
+            dead.append(verdict)
+    _report(args, differing, dead)
     return 1 if differing else 0
 
 
-def _save(directory: Path | None, case: dict[str, Any]) -> None:
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"stub.{case['id']}.jsonl").write_text(json.dumps(case) + "\n", encoding="utf-8")
+def _judge(args: argparse.Namespace) -> _JudgeOfStub | _JudgeOfDecompressor:
+    if args.decompressor:
+        return _JudgeOfDecompressor(args.kernel, args.seed, args.full)
+    return _JudgeOfStub(args.kernel, args.seed)
 
 
-def _report(args: argparse.Namespace, differing: list[_Verdict], left_out: list[_Verdict]) -> None:
-    agree = args.maps - len(differing) - len(left_out)
+def _save(args: argparse.Namespace, case: dict[str, Any]) -> None:
+    if args.save is not None:
+        args.save.mkdir(parents=True, exist_ok=True)
+        family = "decompressor" if args.decompressor else "stub"
+        (args.save / f"{family}.{case['id']}.jsonl").write_text(json.dumps(case) + "\n", encoding="utf-8")
+
+
+def _report(args: argparse.Namespace, differing: list[_Verdict], dead: list[_Verdict]) -> None:
+    agree = args.maps - len(differing)
     if args.json:
         rows = [{"set_up": _set_up(v), "differences": v.differences} for v in differing]
-        out = [{"id": v.case["id"], "reason": v.left_out} for v in left_out]
-        report = {"schema": 1, "maps": args.maps, "seed": args.seed, "agree": agree, "differing": rows, "left_out": out}
+        deaths = [{"id": v.case["id"], "death": v.death} for v in dead]
+        report = {"schema": 1, "maps": args.maps, "seed": args.seed, "agree": agree, "differing": rows, "dead": deaths}
         print(json_text(report, args.json))
         return
     for verdict in differing:
         print(f"map {verdict.case['id']} {verdict.case['profile']}: {json.dumps(_set_up(verdict))}")
         for line in verdict.differences:
             print(f"    {line[:300]}")
-    for verdict in left_out:
-        print(f"map {verdict.case['id']} {verdict.case['profile']}: {verdict.left_out}")
-    print(
-        f"{args.maps} maps, seed {args.seed}: {agree} agree, {len(differing)} differ, {len(left_out)} end both guests"
-    )
+    for verdict in dead:
+        print(f"map {verdict.case['id']} {verdict.case['profile']}: both guests die alike: {verdict.death}")
+    print(f"{args.maps} maps, seed {args.seed}: {agree} agree, {len(differing)} differ, {len(dead)} end both guests")
 
 
 def _set_up(verdict: _Verdict) -> dict[str, Any]:
     """The set-up alone."""
-    from tools.conformance.record_stub import SET_UP
+    from tools.conformance import decompressor_set_up, record_stub
 
-    return {name: verdict.case[name] for name in SET_UP if name in verdict.case}
+    names = {*record_stub.SET_UP, *decompressor_set_up.SET_UP}
+    return {name: value for name, value in verdict.case.items() if name in names}
 
 
 if __name__ == "__main__":

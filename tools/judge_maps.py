@@ -67,6 +67,15 @@ def _high(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
     return rows
 
 
+def _blocks(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
+    """``pieces`` of unaccepted memory from ``at`` on, with whole blocks of 2 MiB in each, most with a hole behind."""
+    rows: list[Row] = []
+    for _ in range(pieces):
+        rows.append(_row(_UNACCEPTED, at, rng.randrange(2048, 65536)))
+        at = _end(rows[-1]) + rng.choice((0, PAGE_SIZE, 9 * SZ_2M, SZ_1G))
+    return rows
+
+
 def _end(row: Row) -> int:
     return row[1] + (row[2] << PAGE_SHIFT)
 
@@ -114,11 +123,21 @@ def _lowunacc(rng: random.Random, case: dict[str, Any]) -> None:
 
 
 def _pretable(rng: random.Random, case: dict[str, Any]) -> None:
-    """A table that covers all that is unaccepted: without that, the real stub accepts what is no RAM."""
+    """A table that covers all that is unaccepted, or leaves out some of it below, behind, or both.
+
+    What lies wholly behind a table makes the real stub accept from the table's end on, also what is no RAM: it dies.
+    """
+    if rng.random() < 0.5:
+        case["descs"] = [*_low(rng, 3), *_blocks(rng, rng.randrange(2, 6))]
     rows = [row for row in case["descs"] if row[0] == _UNACCEPTED]
     unit = rng.choice((SZ_1M, SZ_2M, 2 * SZ_2M))
-    base = rows[0][1] // unit * unit
-    size = DIV_ROUND_UP(_end(rows[-1]) - base, unit * 8) + rng.randrange(3)
+    low, high = rows[0][1] // unit * unit, _end(rows[-1])
+    base, end = low, high
+    if rng.random() < 0.5:
+        base += unit * rng.randrange(-3, max((high - low) // unit, 1) + 3)
+    if rng.random() < 0.5:
+        end = base + rng.choice((0, rng.randrange(high - low + 8 * unit)))
+    size = max(DIV_ROUND_UP(end - base, unit * 8), 0) + rng.randrange(3)
     case["pretable"] = {
         "version": rng.choice((1, 1, 1, 2)), "unit_size": unit, "phys_base": base, "size": size, "bits": [],
     }  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
-from bootstub.events import KernelPlaced
+from bootstub.events import KaslrChoice, KernelPlaced, PagingLevels
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
 from kernel.events import Allocation, FileRead, FileWrite
@@ -33,6 +33,10 @@ def event_text(event: Event) -> str:
             return f"{service}({', '.join(f'{arg:#x}' for arg in args)}) = {efi_status_name(status)}"
         case KernelPlaced(physical, virtual, segments):
             return f"kernel at {physical:#x}, {segments} segments, virtual offset {virtual:#x}"
+        case KaslrChoice(areas, align, size, _):
+            return f"KASLR: {event.slots} places in {len(areas)} areas, {align:#x} apart, for {size:#x} bytes"
+        case PagingLevels(levels, la57):
+            return f"page tables of {levels} levels, processor {'with' if la57 else 'without'} LA57"
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):
@@ -183,12 +187,12 @@ def record_json(record: Record) -> dict[str, Any]:
     return {"number": record.number, "stage": record.stage, "ns": record.ns, "event": record.event.name} | fields
 
 
-_ADDRESSES = frozenset({"rcx", "r12", "r13", "gpa", "start", "end", "status"})
+_ADDRESSES = frozenset({"rcx", "r12", "r13", "gpa", "start", "end", "status", "hash", "given"})
 
 
 def _json_value(name: str, value: object) -> object:
     if isinstance(value, tuple):
-        return [f"{item:#x}" for item in value]
+        return [_json_value(name, item) if isinstance(item, tuple) else f"{item:#x}" for item in value]
     if isinstance(value, int) and not isinstance(value, Enum) and name in _ADDRESSES:
         return f"{value:#x}"
     return value

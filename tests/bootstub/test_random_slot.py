@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bootstub.kaslr import MIX_CONSTANT, boot_seed, kaslr_get_random_long, random_slot
+from bootstub.events import StubChoice
+from bootstub.kaslr import MIX_CONSTANT, boot_seed, build_string, conventional_slots, kaslr_get_random_long
 from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor
 from tools.pipeline import Boot, BootConfig
@@ -42,7 +43,9 @@ def test_random_slot(memory_map, size, seed, soft_reserve):
     """The seed picks evenly among all aligned places in conventional memory, in the order of the map."""
     minimum = 1 << 24
     wanted = places(memory_map, size, minimum, soft_reserve)
-    found = random_slot(memory_map, size, UNIT, seed, minimum, soft_reserve)
+    areas = conventional_slots(memory_map, size, UNIT, minimum, soft_reserve)
+    found, virtual = StubChoice(areas, UNIT, size, 0, room=0, given=0, lowest=False).place(lambda: seed)
+    assert virtual == minimum
     assert found == (wanted[len(wanted) * seed >> 32] if wanted else None)
 
 
@@ -64,9 +67,10 @@ def test_random_long_mixes_what_the_processor_has():
 
 def test_boot_seed_depends_on_every_byte():
     """The hash covers the build string and all of boot_params."""
-    image = sample_bzimage()
+    build = build_string(sample_bzimage())
+    assert build == b"6.3.0-unaccepted (sample@unaccepted) (no compiler) #1\0"
     page = bytearray(4096)
-    plain = boot_seed(image, bytes(page))
+    plain = boot_seed(build, bytes(page))
     page[4095] = 1
-    assert boot_seed(image, bytes(page)) != plain
-    assert boot_seed(image.replace(b"6.3.0-unaccepted", b"6.3.1-unaccepted"), bytes(4096)) == plain  # not in the code
+    assert boot_seed(build, bytes(page)) != plain
+    assert boot_seed(build.replace(b"6.3.0", b"6.3.1"), bytes(4096)) != plain

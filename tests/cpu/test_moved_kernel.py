@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from elftools.elf.elffile import ELFFile
 
 from bootstub.bzimage import parse_bzimage
-from bootstub.payload import decompress
 from guest.errors import GuestPanic
 from guest.trace import Print
 from guest.units import SZ_1G, SZ_2M, round_up
+from tests.relocation_model import BASE, moved_segments
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
 from tools.postmortem import postmortem
 
 KASLR = REAL_KERNEL_CMDLINE.removeprefix("nokaslr ")
-BASE = 0x100_0000
 
 
 def booted(kernel: Path, run: str, until: str, **options: object) -> Boot:
@@ -35,24 +32,6 @@ def place_of(boot: Boot) -> tuple[int, int]:
     assert boot.real_code is not None
     assert boot.real_code.unpacked_for is not None
     return boot.real_code.unpacked_for
-
-
-def moved_segments(kernel: Path, distance: int) -> dict[int, bytes]:
-    """The kernel's segments by offset, moved by ``distance`` as the C code does it: word by word, from the end."""
-    bzimage = kernel.read_bytes()
-    vmlinux = decompress(parse_bzimage(bzimage).payload(bzimage))
-    segments = list(ELFFile(io.BytesIO(vmlinux)).iter_segments("PT_LOAD"))
-    image = bytearray(max(segment["p_paddr"] + segment["p_filesz"] for segment in segments) - BASE)
-    ends = {segment["p_paddr"] - BASE: segment["p_paddr"] - BASE + segment["p_filesz"] for segment in segments}
-    for segment, (start, end) in zip(segments, ends.items(), strict=True):
-        image[start:end] = segment.data()
-    at = len(vmlinux)
-    for size, sign in ((4, 1), (4, -1), (8, 1)):
-        while word := int.from_bytes(vmlinux[(at := at - 4) : at + 4], "little", signed=True):
-            place = word + 0x8000_0000 - BASE
-            value = int.from_bytes(image[place : place + size], "little") + sign * distance
-            image[place : place + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
-    return {start: bytes(image[start:end]) for start, end in ends.items()}
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -63,6 +63,28 @@ def test_decompressors_agree(conform):
     assert (report["cases"], report["agree"], report["differing"]) == (12, 12, [])
 
 
+def test_our_decompressor_agrees(conform):
+    """So does ours on a set-up of every kind of command line, and in all that was recorded with it."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for each in cases("decompressor"):
+        lines.setdefault(each["cmdline"], []).append(each)
+    chosen = [each for group in lines.values() for each in group[:4]]
+    chosen += [each for each in cases("decompressor") if each["serial"] and each not in chosen]
+    report = conform("decompressor", chosen, "--ours")
+    assert (len(lines), report["agree"], report["differing"]) == (5, len(chosen), [])
+
+
+def test_a_changed_answer_is_found_by_our_decompressor(conform):
+    """Whatever is changed in a recorded run of a decompressor is named; what ours does not have is no difference."""
+    each = case("decompressor", 14)
+    each["accept"].pop()
+    each["loadflags_after"] ^= 2
+    each["exceptions"] = {}
+    report = conform("decompressor", [each], "--ours")
+    (differing,) = report["differing"]
+    assert [line.split(":")[0] for line in differing["differences"]] == ["loadflags_after", "accept"]
+
+
 def test_accepting_what_is_no_ram_is_left_out(conform):
     """Where the recorded TDX module answered for memory that is not there, ours ends the guest: nothing is compared."""
     report = conform("stub", [case("stub", 892)])

@@ -16,9 +16,9 @@ from firmware.boot_services import EfiServices
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.pe import parse_pe
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
-from guest.errors import GuestPanic
+from guest.errors import GuestPanic, MemoryFault
 from guest.records import GuestRecord, RecordCopy
-from guest.units import PAGE_SIZE, round_up
+from guest.units import PAGE_SIZE, round_down, round_up
 from tools.conformance.efi_names import guid_name
 from tools.conformance.record_calls import RecordingGates
 from tools.conformance.recorded_firmware import start_firmware
@@ -35,18 +35,19 @@ SET_UP = (
 """Fields of a case that say what is run; the others say what came of it."""
 
 
-def run_stub(case: dict[str, Any], image: bytes, ours: bool = False) -> dict[str, Any]:
+def run_stub(case: dict[str, Any], image: bytes, ours: bool = False, to_death: bool = False) -> dict[str, Any]:
     """Run the stub of ``image`` up to the kernel's entry point; no kernel is unpacked.
 
     With ``ours`` our own stub runs in its place, and unpacks the image's kernel. Returns the fields of a recorded
-    ``out``, and ``input_map``. A guest that dies in a way that no recorded guest did leaves as ``BootError``.
+    ``out``, and ``input_map``. A guest that dies in a way that no recorded guest did leaves as ``BootError``; with
+    ``to_death`` the fields say what it did up to then, and ``died`` how.
     """
-    return (_OurRun if ours else _RealRun)(case, image).run()
+    return (_OurRun if ours else _RealRun)(case, image).run(to_death)
 
 
-def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
+def record(case: dict[str, Any], image: bytes, to_death: bool = False) -> dict[str, Any]:
     """A case with the set-up of ``case`` and what came of it here."""
-    out = run_stub(case, image)
+    out = run_stub(case, image, to_death=to_death)
     set_up = {name: case[name] for name in SET_UP if name in case}
     return set_up | {"firmware": {"image_size": image_size(image)}, "input_map": out.pop("input_map"), "out": out}
 
@@ -66,6 +67,7 @@ class _Run(ABC):
         self._machine.trace.stage = "efi-stub"
         self._gates = self._machine.gates = RecordingGates(self._td.trace, self._machine.memory)
         self._services, self._image = start_firmware(self._td, case, image)
+        self._death: str | None = None
 
     @abstractmethod
     def _stub(self) -> None:
@@ -76,12 +78,13 @@ class _Run(ABC):
     def _unpacked_for(self) -> tuple[int, int] | None:
         """Physical and virtual address that the kernel was unpacked for, None if it did not come to that."""
 
-    def run(self) -> dict[str, Any]:
+    def run(self, to_death: bool) -> dict[str, Any]:
         services = self._services
         out: dict[str, Any] = {
             "input_map": sorted(map_rows(services.memory_map.descriptors()), key=lambda row: row[1]),
-            "stop": self._run_to_the_end(),
+            "stop": self._run_to_the_end(to_death),
             "stub_exit_status": services.exit_status,
+            "died": self._death,
         }
         if self._unpacked_for is not None:
             out["kernel_pa"], out["kernel_va"] = self._unpacked_for
@@ -104,7 +107,7 @@ class _Run(ABC):
             "rdtsc": self._td.rdtscs,
         }
 
-    def _run_to_the_end(self) -> str:
+    def _run_to_the_end(self, to_death: bool) -> str:
         """Run; returns how it ended."""
         try:
             self._stub()
@@ -112,6 +115,11 @@ class _Run(ABC):
             if self._services.exit_status is not None:
                 return f"BS.Exit({self._services.exit_status:#x})"
             return self._halted(error)
+        except MemoryFault as fault:
+            if not to_death:
+                raise
+            self._death = death(fault)
+            return "died"
         return _ENTERED
 
     @abstractmethod
@@ -122,7 +130,7 @@ class _Run(ABC):
         page = self._physical.read(gpa, BOOT_PARAMS_SIZE)
         return {
             "boot_params_pa": gpa,
-            "boot_params": _sparse(page),
+            "boot_params": sparse(page),
             "e820": [[e.addr, e.size, e.type] for e in e820_table_of(page)],
             "setup_data": list(self._setup_data(RecordCopy(page, BOOT_PARAMS)["hdr.setup_data"])),
         }
@@ -134,6 +142,11 @@ class _Run(ABC):
             if node.type == SetupDataType.SETUP_E820_EXT:
                 row["e820ext"] = [[e.addr, e.size, e.type] for e in parse_e820_table(read(node.data_gpa, node.len))]
             yield row
+
+
+def death(fault: MemoryFault) -> str:
+    """How a guest died, without what depends on the size of an access."""
+    return f"{fault.kind} of page {round_down(fault.gpa, PAGE_SIZE):#x}, which is {fault.state}"
 
 
 def config_tables(services: EfiServices) -> Iterator[tuple[str, int]]:
@@ -191,7 +204,7 @@ def map_rows(descriptors: Iterable[MemoryDescriptor]) -> list[list[int]]:
     return [[d.type, d.start, d.pages, d.attribute] for d in descriptors]
 
 
-def _sparse(page: bytes, step: int = 8) -> list[list[Any]]:
+def sparse(page: bytes, step: int = 8) -> list[list[Any]]:
     """The parts of ``page`` that are not zero, ``[offset, hexadecimal]``."""
     out: list[list[Any]] = []
     for at in range(0, len(page), step):

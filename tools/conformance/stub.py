@@ -25,7 +25,7 @@ _DETAIL = 0xFFFF_FFFF
 _COMPARED = (
     "stop", "stub_exit_status", "kernel_pa", "kernel_va", "kernel_entry", "boot_params_pa", "e820", "setup_data",
     "table", "accept_calls", "still_pending", "config_tables", "map_at_bitmap", "map_at_exit", "console", "cpuid",
-    "rdtsc",
+    "rdtsc", "died",
 )  # fmt: skip
 
 
