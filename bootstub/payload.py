@@ -2,7 +2,9 @@
 
 Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length) and lib/decompress.c. The last four bytes
 of the payload are the size of what comes out, little endian (output_len of arch/x86/boot/compressed/mkpiggy.c):
-scripts/Makefile.lib appends them to every format but gzip, whose own trailer ends with them.
+scripts/Makefile.lib appends them to every format but gzip, whose own trailer ends with them. Only the first stream of
+a payload counts, as for the kernel's own decompressors; what lies between it and the size is not read. lz4 has no end
+of stream, and goes on to the size.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from enum import StrEnum
 from types import ModuleType
 from typing import Protocol
 
+from bootstub.lzo import LzoError, LzoStream
 from guest.errors import FormatError
 from guest.units import SZ_1G, SZ_1M
 
@@ -122,10 +125,21 @@ def _lz4() -> tuple[_Stream, type[Exception]]:
     try:
         from lz4 import block
     except ImportError as error:
-        missing = "an lz4 payload, and no module lz4"
-        expected = "lz4: pip install 'unaccepted[lz4]'"
-        raise FormatError("payload compression", found=missing, expected=expected, source=_BOOT_RST) from error
+        raise _missing("lz4", "lz4") from error
     return _Lz4(block), block.LZ4BlockError
+
+
+def _lzo() -> tuple[_Stream, type[Exception]]:
+    try:
+        from lzallright import LZOCompressor, LZOError
+    except ImportError as error:
+        raise _missing("lzo", "lzallright") from error
+    return LzoStream(LZOCompressor.decompress, LZOError), LzoError
+
+
+def _missing(extra: str, module: str) -> FormatError:
+    found, expected = f"an {extra} payload, and no module {module}", f"{module}: pip install 'unaccepted[{extra}]'"
+    return FormatError("payload compression", found=found, expected=expected, source=_BOOT_RST)
 
 
 _STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
@@ -135,6 +149,7 @@ _STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
     Compression.XZ: _xz,
     Compression.ZSTD: _zstd,
     Compression.LZ4: _lz4,
+    Compression.LZO: _lzo,
 }
 """The decompressors, imported only when they are used."""
 
@@ -171,14 +186,6 @@ def decompress(payload: bytes, *, at: int = 0) -> bytes:
     """
     compression = detect(payload, at=at)
     size = output_len(payload, at=at)
-    if compression not in _STREAMS:
-        raise FormatError(
-            "payload compression",
-            at=at,
-            found=f"{compression}, which is known and not supported yet",
-            expected=f"one of {', '.join(_STREAMS)}",
-            source=_BOOT_RST,
-        )
     stream, error = _STREAMS[compression]()
     try:
         output = stream.decompress(payload, size + 1)
