@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from functools import lru_cache
 from types import ModuleType
 from typing import Protocol
 
@@ -182,23 +183,32 @@ def output_len(payload: bytes, *, at: int = 0) -> int:
 def decompress(payload: bytes, *, at: int = 0) -> bytes:
     """What ``payload`` decompresses to: the kernel's ELF file and the relocation table behind it.
 
-    Never makes more than one byte above ``output_len()``. ``at`` is where the payload was found, for messages.
+    Never makes more than one byte above ``output_len()``. ``at`` is where the payload was found, for messages. What
+    was made last is kept, since several stages and commands ask for it.
     """
-    compression = detect(payload, at=at)
-    size = output_len(payload, at=at)
+    try:
+        return _decompress(payload)
+    except FormatError as error:
+        raise _moved(error, at) from error.__cause__
+
+
+def _moved(error: FormatError, by: int) -> FormatError:
+    """The same error, for a payload that does not lie at 0 but at ``by``."""
+    at = error.at + by if error.at is not None else None
+    return FormatError(error.what, at=at, found=error.found, expected=error.expected, source=error.source)
+
+
+@lru_cache(maxsize=1)
+def _decompress(payload: bytes) -> bytes:
+    compression, size = detect(payload), output_len(payload)
     stream, error = _STREAMS[compression]()
     try:
         output = stream.decompress(payload, size + 1)
     except error as refusal:
-        raise FormatError(
-            "payload",
-            at=at,
-            found=f"damaged data ({refusal})",
-            expected=f"a {compression} stream",
-            source=_BOOT_RST,
-        ) from refusal
+        found, expected = f"damaged data ({refusal})", f"a {compression} stream"
+        raise FormatError("payload", at=0, found=found, expected=expected, source=_BOOT_RST) from refusal
     if len(output) != size or not stream.eof:
         found = f"more than {size}" if len(output) > size else f"{len(output)}"
         found += " bytes" if stream.eof or len(output) > size else " bytes in a stream that is cut short"
-        raise FormatError("payload output", at=at, found=found, expected=f"{size} bytes", source=_MKPIGGY)
+        raise FormatError("payload output", at=0, found=found, expected=f"{size} bytes", source=_MKPIGGY)
     return output

@@ -7,6 +7,7 @@ without its dashes (``host-page-size = "4K"``), an option that can be repeated i
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
+_RUNS_OF_REAL_STUB = ("stub", "kernel")
 _SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
 _HOST_BACKING = {"demand": False, "ahead": True}
@@ -109,12 +111,10 @@ def _firmware(path: str) -> Any:
     return parse_tdvf(read_file(path))
 
 
-def _kernel(path: str) -> bytes:
-    from bootstub.bzimage import parse_bzimage
+def _kernel_config(path: str) -> str:
+    from tools.kernel_image import read_config_text
 
-    data = read_file(path)
-    parse_bzimage(data)
-    return data
+    return read_config_text(path)
 
 
 def _address(text: str) -> int:
@@ -215,7 +215,11 @@ OPTIONS = (
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
-    Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
+    Option("kernel", "FILE", "bzImage or bare vmlinux (default: a small one of our own)", "kernel", read_file),
+    Option(
+        "kernel-config", "FILE", "the kernel's configuration: does it know unaccepted memory? (default: what its image "
+        "tells)", "kernel_config", _kernel_config,
+    ),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9 (default) or mainline", "protocol", _protocol),
@@ -271,10 +275,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
-    if "kernel" not in fields:
-        from bootstub.sample_kernel import sample_bzimage
-
-        fields["kernel"] = sample_bzimage()
+    _read_kernel(fields)
     config = BootConfig(**fields)
     _check_stages(config)
     return config
@@ -309,6 +310,35 @@ def _read_map(fields: dict[str, Any]) -> None:
     elif given:
         name = next(iter(given)).replace("_", "-")
         raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)
+
+
+def _read_kernel(fields: dict[str, Any]) -> None:
+    """Put the image that boots in the place of the kernel file, and our stub's support in that of the configuration.
+
+    What a user would not expect of the file is told on standard error. Real code knows itself what it supports.
+    """
+    given = fields.pop("kernel_config", None)
+    if "kernel" not in fields:
+        from bootstub.sample_kernel import sample_bzimage
+
+        fields["kernel"] = sample_bzimage()
+        if given is None:
+            return
+    from tools.kernel_image import KernelImage
+
+    image = KernelImage(fields["kernel"], given)
+    run = fields.get("run")
+    if run is not None and image.bzimage is None:
+        raise FormatError("--run", found="a bare vmlinux", expected="a bzImage with code of its own", source=_SOURCE)
+    fields["kernel"], note = image.bootable()
+    notes = [note] if note is not None else []
+    if run not in _RUNS_OF_REAL_STUB and (support := image.support).known is False:
+        from bootstub.protocol import V9
+
+        fields["protocol"] = fields.get("protocol", V9).without_support()
+        notes.append(f"the kernel does not know unaccepted memory and will lose it: {support.reason}")
+    for line in notes:
+        print(f"unaccepted: note: {line}", file=sys.stderr)
 
 
 def _check_run(fields: dict[str, Any]) -> None:
