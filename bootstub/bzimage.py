@@ -86,6 +86,12 @@ def read_bzimage(data: bytes) -> BzImage:
     return _bzimage(data, *_read_header(data))
 
 
+def setup_header_fields(data: bytes) -> dict[str, int]:
+    """Every field of a bzImage's setup header in order, as it stands in the file; those it is too old for are 0."""
+    hdr, missing = _read_header(data)
+    return {name: 0 if name in missing else hdr[name] for name in offsets(SETUP_HEADER)}
+
+
 def _read_header(data: bytes) -> tuple[Any, frozenset[str]]:
     """The setup header, and the fields that it is too old for, which have their defaults."""
     raw = data[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof()]

@@ -136,6 +136,13 @@ The first two stand with their fields in boot.rst; a bzImage without a preferred
 """
 
 
+def flag_names(flags: type[IntFlag], value: int) -> str:
+    """Names of the set bits, lowest first, then what has no name, in hexadecimal."""
+    names = [flag.name or "" for flag in flags if flag & value]
+    rest = value & ~sum(flags)
+    return " | ".join([*names, f"{rest:#x}"] if rest else names) or "none"
+
+
 def loader_name(type_of_loader: int, ext_loader_type: int) -> str:
     """Who loaded the kernel, in words (boot.rst, field ``type_of_loader``)."""
     if type_of_loader == EFI_STUB_LOADER:

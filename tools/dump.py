@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
     hob.add_argument("file", metavar="SOURCE", help="a file, or td:MEMORY[,MACHINE]: what the host gives such a TD")
     _add_forms(hob)
+    kernel = structures.add_parser("kernel", help="a bzImage or vmlinux: headers, payload, segments, configuration")
+    kernel.add_argument("file", metavar="FILE", help="a bzImage of boot protocol 2.02 or later, or a bare vmlinux")
+    kernel.add_argument("--config", metavar="FILE", help="the kernel's configuration, if it is not inside")
+    _add_forms(kernel)
 
 
 def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -74,8 +78,19 @@ def _hob(args: argparse.Namespace) -> Iterable[str]:
     return hex_dump(found.data, found.gpa) if args.hex else dump_hob.text(found)
 
 
+def _kernel(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_kernel
+    from tools.kernel_image import KernelImage, read_config_text
+
+    config = read_config_text(args.config) if args.config is not None else None
+    found = dump_kernel.Dump(KernelImage(read_file(args.file), config))
+    if args.json:
+        return [json_text(dump_kernel.to_json(found), args.json)]
+    return dump_kernel.hex_lines(found) if args.hex else dump_kernel.text(found)
+
+
 _STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob
+    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "kernel": _kernel
 }  # fmt: skip
 
 
