@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
-from bootstub.bzimage import setup_header_fields
+from bootstub.bzimage import BzImage, setup_header_fields
 from bootstub.kernel_config import Support
 from bootstub.payload import detect
 from bootstub.relocations import Relocations, read_relocations
@@ -19,19 +20,20 @@ from bootstub.setup_header import (
     flag_names,
     version_text,
 )
-from bootstub.vmlinux import Segment, Vmlinux, kernel_total_size, load_segments
-from firmware.pe import parse_pe
+from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
 from guest.errors import FormatError
 from guest.records import field_extents
 from guest.units import PAGE_SIZE, SZ_64K, round_up, size_text
+from tools.dump_kernel_pe import pe_json, pe_text, read_pe_header
 from tools.kernel_image import KernelImage
 from tools.render import hex_dump
 
 _BANNER = re.compile(rb"Linux version [\x20-\x7e]{1,500}")
 _KERNEL_INFO, _KERNEL_INFO_MAGIC = struct.Struct("<4sIII"), b"LToP"
 _EHDR_SIZE = 64
-_PE_OFFSET_AT, _COFF, _SECTION = 0x3C, struct.Struct("<4sHH12xHH"), struct.Struct("<8sIIII12xI")
-_EFI_APPLICATION = 10
+_PHDR = struct.Struct("<IIQQQQQQ")
+_E_PHOFF, _E_PHNUM = 32, 56
+_P_TYPES = {0: "NULL", 1: "LOAD", 2: "DYNAMIC", 3: "INTERP", 4: "NOTE", 6: "PHDR", 7: "TLS"}
 OPTIONS = (
     "UNACCEPTED_MEMORY", "INTEL_TDX_GUEST", "AMD_MEM_ENCRYPT", "EFI_STUB", "EFI_HANDOVER_PROTOCOL", "EFI_MIXED",
     "RELOCATABLE", "RANDOMIZE_BASE", "RANDOMIZE_MEMORY", "X86_NEED_RELOCS", "PHYSICAL_START", "PHYSICAL_ALIGN",
@@ -52,7 +54,7 @@ class Dump:
         self.vmlinux = image.vmlinux
         self.elf = load_segments(self.vmlinux) if self.vmlinux is not None else None
         self.relocations = self._relocations()
-        self.pe = _pe(self.data) if self.bzimage is not None and self.data.startswith(b"MZ") else None
+        self.pe = read_pe_header(self.data)
 
     @property
     def banner(self) -> str | None:
@@ -72,6 +74,7 @@ class Dump:
             raise FormatError("kernel_info", at=at, found=raw[:4], expected=_KERNEL_INFO_MAGIC, source=source)
         return int(_KERNEL_INFO.unpack(raw)[3])
 
+    @cached_property
     def total_size(self) -> int:
         """Bytes of memory from the kernel's ``_text`` to its ``_end``."""
         assert self.vmlinux is not None and self.elf is not None
@@ -96,7 +99,7 @@ def text(dump: Dump) -> Iterator[str]:
     yield from (f"version {line}" for line in (dump.banner,) if line)
     if dump.bzimage is not None:
         yield from _header_text(dump)
-        yield from _pe_text(dump.pe)
+        yield from pe_text(dump.pe)
         yield from _payload_text(dump)
     if dump.elf is not None:
         yield from _elf_text(dump, dump.elf)
@@ -105,7 +108,7 @@ def text(dump: Dump) -> Iterator[str]:
 
 def to_json(dump: Dump) -> Json:
     """The kernel for programs."""
-    out: Json = {"size": len(dump.data), "bzimage": None, "pe": dump.pe, "version": dump.banner}
+    out: Json = {"size": len(dump.data), "bzimage": None, "pe": pe_json(dump.pe), "version": dump.banner}
     if dump.bzimage is not None:
         out["bzimage"] = {
             "protocol": version_text(dump.bzimage.version),
@@ -116,8 +119,8 @@ def to_json(dump: Dump) -> Json:
         }
         out["payload"] = _payload_json(dump)
     if dump.elf is not None:
-        out["elf"] = {"e_entry": dump.elf.entry, "size": dump.elf.elf_end, "total_size": dump.total_size()} | {
-            "segments": [_segment_json(segment) for segment in dump.elf.segments]
+        out["elf"] = {"e_entry": dump.elf.entry, "size": dump.elf.elf_end, "total_size": dump.total_size} | {
+            "program_headers": list(_program_headers(dump.vmlinux or b""))
         }
     found = dump.relocations
     out["relocations"] = found and {name: len(getattr(found, name)) for name in Relocations.__slots__}
@@ -128,21 +131,17 @@ def to_json(dump: Dump) -> Json:
 
 
 def hex_lines(dump: Dump) -> Iterator[str]:
-    """The bytes of the setup header and the PE header, or of the ELF and program headers, by their offsets."""
+    """The bytes of PE header and setup header, or of the ELF and program headers, by their offsets in the file."""
     if dump.bzimage is None:
-        assert dump.elf is not None
-        phoff = int.from_bytes(dump.data[32:40], "little")
-        phnum = int.from_bytes(dump.data[56:58], "little")
+        phoff, phnum = _program_headers_at(dump.data)
         yield from hex_dump(dump.data[:_EHDR_SIZE])
-        yield from hex_dump(dump.data[phoff : phoff + 56 * phnum], phoff)
+        yield from hex_dump(dump.data[phoff : phoff + _PHDR.size * phnum], phoff)
         return
+    places = [(SETUP_HEADER_OFFSET, SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof())]
     if dump.pe is not None:
-        at = int.from_bytes(dump.data[_PE_OFFSET_AT : _PE_OFFSET_AT + 4], "little")
-        size = _COFF.size + _COFF.unpack_from(dump.data, at)[3] + 40 * len(dump.pe["sections"])  # type: ignore[arg-type]
-        if at < SETUP_HEADER_OFFSET:
-            yield from hex_dump(dump.data[at : min(at + size, SETUP_HEADER_OFFSET)], at)
-    end = SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof()
-    yield from hex_dump(dump.data[SETUP_HEADER_OFFSET:end], SETUP_HEADER_OFFSET)
+        places.append((dump.pe.offset, dump.pe.end))
+    for start, end in sorted(places):
+        yield from hex_dump(dump.data[start:end], start)
 
 
 def _header_text(dump: Dump) -> Iterator[str]:
@@ -150,11 +149,14 @@ def _header_text(dump: Dump) -> Iterator[str]:
     yield f"{SETUP_HEADER_OFFSET:#x} setup_header"
     for name, (offset, size) in field_extents(SETUP_HEADER).items():
         at, value = SETUP_HEADER_OFFSET + offset, dump.header[name]
+        meaning = _MEANINGS[name](dump.bzimage, value) if name in _MEANINGS else ""
         if name in dump.bzimage.missing:
             shown = f"not before {version_text(SINCE[name])}; {_default(dump, name)}"
         else:
-            shown = f"{value:#0{2 * size + 2}x}  {_meaning(dump, name, value)}"
+            shown = f"{value:#0{2 * size + 2}x}  {meaning}"
         yield f"  {at:#05x} {name:<24}{shown}".rstrip()
+    if dump.setup_type_max is not None:
+        yield f"kernel_info: setup_type_max {dump.setup_type_max:#x}"
 
 
 def _default(dump: Dump, name: str) -> str:
@@ -164,82 +166,22 @@ def _default(dump: Dump, name: str) -> str:
     return f"{int(value):#x}"
 
 
-def _meaning(dump: Dump, name: str, value: int) -> str:
-    """What a field of the setup header says, in words, where a number does not."""
-    assert dump.bzimage is not None
-    match name:
-        case "setup_sects":
-            return f"{dump.bzimage.setup_sects} sectors"
-        case "syssize":
-            return f"{dump.bzimage.protected_mode_size} bytes of code"
-        case "header":
-            return repr(value.to_bytes(4, "little").decode("latin-1"))
-        case "version":
-            return version_text(value)
-        case "kernel_version":
-            return dump.bzimage.kernel_version or ""
-        case "loadflags":
-            return flag_names(LoadFlags, value)
-        case "xloadflags":
-            return flag_names(XLoadFlags, value)
-        case "kernel_alignment" | "init_size" | "payload_length":
-            return size_text(value)
-        case "min_alignment":
-            return size_text(1 << value) if 0 < value < 64 else ""
-        case "payload_offset":
-            return f"{dump.bzimage.payload_offset:#x} in the file"
-        case "kernel_info_offset" if value:
-            return f"setup_type_max {dump.setup_type_max:#x}"
-        case "cmdline_size":
-            return str(value)
-    return ""
-
-
-def _pe(data: bytes) -> Json:
-    """The essentials of a PE32+ header, which ``parse_pe()`` has checked."""
-    image = parse_pe(data)
-    at = int.from_bytes(data[_PE_OFFSET_AT : _PE_OFFSET_AT + 4], "little")
-    _, machine, count, optional_size, characteristics = _COFF.unpack_from(data, at)
-    optional = at + _COFF.size
-    subsystem, dll = struct.unpack_from("<HH", data, optional + 68)
-    sections = [_SECTION.unpack_from(data, optional + optional_size + number * 40) for number in range(count)]
-    return {
-        "machine": machine,
-        "characteristics": characteristics,
-        "entry_point": image.entry_point,
-        "image_base": image.image_base,
-        "size_of_image": image.size_of_image,
-        "section_alignment": int.from_bytes(data[optional + 32 : optional + 36], "little"),
-        "subsystem": subsystem,
-        "dll_characteristics": dll,
-        "sections": [
-            {"name": _name(name), "address": address, "size": size, "offset": offset, "raw_size": raw, "flags": flags}
-            for name, size, address, raw, offset, flags in sections
-        ],
-    }
-
-
-def _name(raw: bytes) -> str:
-    return "".join(chr(byte) if 0x20 < byte < 0x7F else "?" for byte in raw.rstrip(b"\0"))
-
-
-def _pe_text(pe: Json | None) -> Iterator[str]:
-    if pe is None:
-        yield "no PE header: no EFI stub"
-        return
-    what = "EFI application" if pe["subsystem"] == _EFI_APPLICATION else f"subsystem {pe['subsystem']}"
-    yield (
-        f"PE32+ {what}, machine {pe['machine']:#x}, entry {pe['entry_point']:#x}, ImageBase {pe['image_base']:#x}, "
-        f"SizeOfImage {pe['size_of_image']:#x}, DllCharacteristics {pe['dll_characteristics']:#x}"
-    )
-    yield f"  {'section':<9}{'address':>11} {'size':>11} {'offset':>11} {'raw size':>11}  flags"
-    sections = pe["sections"]
-    assert isinstance(sections, list)
-    for part in sections:
-        yield (
-            f"  {part['name']:<9}{part['address']:>#11x} {part['size']:>#11x} {part['offset']:>#11x} "
-            f"{part['raw_size']:>#11x}  {part['flags']:#010x}"
-        )
+_MEANINGS: dict[str, Callable[[BzImage, int], str]] = {
+    "setup_sects": lambda image, value: f"{image.setup_sects} sectors",
+    "syssize": lambda image, value: f"{image.protected_mode_size} bytes of code",
+    "header": lambda image, value: repr(value.to_bytes(4, "little").decode("latin-1")),
+    "version": lambda image, value: version_text(value),
+    "kernel_version": lambda image, value: image.kernel_version or "",
+    "loadflags": lambda image, value: flag_names(LoadFlags, value),
+    "xloadflags": lambda image, value: flag_names(XLoadFlags, value),
+    "kernel_alignment": lambda image, value: size_text(value),
+    "min_alignment": lambda image, value: size_text(1 << value) if 0 < value < 64 else "",
+    "cmdline_size": lambda image, value: str(value),
+    "payload_offset": lambda image, value: f"{image.payload_offset:#x} in the file",
+    "payload_length": lambda image, value: size_text(value),
+    "init_size": lambda image, value: size_text(value),
+}
+"""What fields of the setup header say, in words, where a number does not."""
 
 
 def _payload_json(dump: Dump) -> Json | None:
@@ -248,7 +190,7 @@ def _payload_json(dump: Dump) -> Json | None:
     image = dump.bzimage
     out: Json = {"offset": image.payload_offset, "length": image.payload_length, "output_len": len(dump.vmlinux)}
     out["compression"] = str(detect(image.payload(dump.data)))
-    return out | {"extract_offset": dump.extract_offset(), "total_size": dump.total_size()}
+    return out | {"extract_offset": dump.extract_offset(), "total_size": dump.total_size}
 
 
 def _payload_text(dump: Dump) -> Iterator[str]:
@@ -262,7 +204,7 @@ def _payload_text(dump: Dump) -> Iterator[str]:
     )
     if "init_size" in dump.bzimage.missing:
         return
-    init_size, total, offset = dump.bzimage.init_size, dump.total_size(), dump.extract_offset()
+    init_size, total, offset = dump.bzimage.init_size, dump.total_size, dump.extract_offset()
     yield f"init_size {init_size:#x} is the larger of"
     yield f"  {total:#x}: the kernel in the end, _end - _text" + (" <-" if total == init_size else "")
     if total == init_size:
@@ -272,14 +214,13 @@ def _payload_text(dump: Dump) -> Iterator[str]:
 
 
 def _elf_text(dump: Dump, elf: Vmlinux) -> Iterator[str]:
-    yield f"vmlinux: e_entry {elf.entry:#x}, {elf.elf_end} bytes of ELF file, _end - _text {dump.total_size():#x}"
-    yield f"  {'PT_LOAD':<7}{'p_offset':>11} {'p_vaddr':>18} {'p_paddr':>11} {'p_filesz':>11} {'p_memsz':>11} flags"
-    for part in elf.segments:
-        flags = "".join(name if part.p_flags & bit else "-" for bit, name in ((4, "r"), (2, "w"), (1, "x")))
-        yield (
-            f"  {'':<7}{part.p_offset:>#11x} {part.p_vaddr:>#18x} {part.p_paddr:>#11x} {part.p_filesz:>#11x} "
-            f"{part.p_memsz:>#11x} {flags}"
-        )
+    yield f"vmlinux: e_entry {elf.entry:#x}, {elf.elf_end} bytes of ELF file, _end - _text {dump.total_size:#x}"
+    yield f"  {'type':<9}{'p_offset':>11} {'p_vaddr':>18} {'p_paddr':>11} {'p_filesz':>11} {'p_memsz':>11} flags"
+    for row in _program_headers(dump.vmlinux or b""):
+        flags = "".join(name if row["p_flags"] & bit else "-" for bit, name in ((4, "r"), (2, "w"), (1, "x")))
+        name = _P_TYPES.get(row["p_type"], f"{row['p_type']:#x}")
+        sizes = " ".join(f"{row[field]:>#11x}" for field in ("p_paddr", "p_filesz", "p_memsz"))
+        yield f"  {name:<9}{row['p_offset']:>#11x} {row['p_vaddr']:>#18x} {sizes} {flags}"
     found = dump.relocations
     if found is None:
         yield "no relocation table: it cannot be mapped elsewhere"
@@ -305,9 +246,23 @@ def _config_text(dump: Dump) -> Iterator[str]:
 
 
 def _support_text(support: Support) -> str:
-    knows = {True: "knows unaccepted memory", False: "does not know unaccepted memory", None: "may know unaccepted memory"}
+    knows = {
+        True: "knows unaccepted memory",
+        False: "does not know unaccepted memory",
+        None: "may know unaccepted memory",
+    }
     return f"{knows[support.known]}: {support.reason}"
 
 
-def _segment_json(segment: Segment) -> Json:
-    return {name: getattr(segment, name) for name in Segment.__slots__}
+def _program_headers_at(vmlinux: bytes) -> tuple[int, int]:
+    """``e_phoff`` and ``e_phnum``."""
+    phoff = int.from_bytes(vmlinux[_E_PHOFF : _E_PHOFF + 8], "little")
+    return phoff, int.from_bytes(vmlinux[_E_PHNUM : _E_PHNUM + 2], "little")
+
+
+def _program_headers(vmlinux: bytes) -> Iterator[dict[str, int]]:
+    """Every program header of a file that ``load_segments()`` has checked."""
+    names = ("p_type", "p_flags", "p_offset", "p_vaddr", "p_paddr", "p_filesz", "p_memsz", "p_align")
+    phoff, phnum = _program_headers_at(vmlinux)
+    for number in range(phnum):
+        yield dict(zip(names, _PHDR.unpack_from(vmlinux, phoff + number * _PHDR.size), strict=True))

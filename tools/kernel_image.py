@@ -9,6 +9,7 @@ from functools import cached_property
 
 from bootstub.bzimage import BzImage, parse_bzimage, read_bzimage
 from bootstub.kernel_config import Support, find_ikconfig, parse_config, unaccepted_memory_support
+from bootstub.kernel_layout import KERNEL_IMAGE_SIZE
 from bootstub.make_bzimage import make_bzimage
 from bootstub.payload import decompress
 from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
@@ -71,6 +72,10 @@ class KernelImage:
             return self.file, None
         kernel = load_segments(self.file)
         total = kernel_total_size(self.file, kernel)
+        if not 0 < total <= KERNEL_IMAGE_SIZE:
+            source = "arch/x86/include/asm/page_64_types.h, KERNEL_IMAGE_SIZE"
+            expected = f"from 1 to {KERNEL_IMAGE_SIZE:#x}"
+            raise FormatError("vmlinux, _end - _text", found=f"{total:#x}", expected=expected, source=source)
         payload = self.file if len(self.file) > kernel.elf_end else _without_sections(self.file, kernel)
         image = make_bzimage(
             payload, _WRAPPER_VERSION, compression="zstd", version=_WRAPPER_PROTOCOL, kernel_total_size=total
