@@ -21,7 +21,7 @@ from bootstub.setup_header import (
     version_text,
 )
 from guest.errors import FormatError
-from guest.records import offsets, parse
+from guest.records import field_extents, offsets, parse
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END
 
 _BOOT_RST = "Documentation/arch/x86/boot.rst"
@@ -89,7 +89,7 @@ def read_bzimage(data: bytes) -> BzImage:
 def setup_header_fields(data: bytes) -> dict[str, int]:
     """Every field of a bzImage's setup header in order, as it stands in the file; those it is too old for are 0."""
     hdr, missing = _read_header(data)
-    return {name: 0 if name in missing else hdr[name] for name in offsets(SETUP_HEADER)}
+    return {name: 0 if name in missing else hdr[name] for name in field_extents(SETUP_HEADER)}
 
 
 def _read_header(data: bytes) -> tuple[Any, frozenset[str]]:
