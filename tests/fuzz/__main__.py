@@ -10,6 +10,7 @@ import argparse
 import random
 import resource
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _MEMORY_LIMIT = 2 << 20
 """KiB of resident memory."""
+_REPORT = 10_000
 _PACKAGES = ["guest", "tdx", "firmware", "bootstub", "tools"]
 """What atheris counts the coverage of."""
 _SLOW = 2.0
@@ -56,6 +58,8 @@ def _random(targets: list[Target], inputs: int, seed: int, save: Path) -> int:
     start, sound, refused, failed = time.monotonic(), Counter[str](), Counter[str](), 0
     shares = [target.share for target in targets]
     for number in range(inputs):
+        if number and number % _REPORT == 0:
+            print(f"{number} inputs, {failed} failed", file=sys.stderr, flush=True)
         rng = random.Random(seed << 40 | number)
         (target,) = rng.choices(targets, shares)
         data = mutated(target.seeds, rng)
@@ -84,7 +88,7 @@ def _used_too_much(seconds: float) -> str | None:
 
 
 def _atheris(name: str | None, inputs: int) -> int:
-    """The first byte chooses the target, the others are its input."""
+    """The first byte of an input chooses the target, the others are for it. It begins with the sound inputs."""
     try:
         import atheris
     except ImportError:
@@ -97,8 +101,13 @@ def _atheris(name: str | None, inputs: int) -> int:
         if data:
             targets[data[0] % len(targets)].run(data[1:])
 
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-rss_limit_mb=4096", "-timeout=20"], one_input)
-    atheris.Fuzz()
+    corpus = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    for number, target in enumerate(targets):
+        for index, seed in enumerate(target.seeds):
+            (corpus / f"{number}-{index}").write_bytes(bytes([number]) + seed)
+    limits = (f"-runs={inputs}", "-rss_limit_mb=4096", "-timeout=20", "-max_len=16384")
+    atheris.Setup([sys.argv[0], *limits, str(corpus)], one_input)
+    atheris.Fuzz()  # ends the process
     return 0
 
 
