@@ -104,19 +104,24 @@ class TdvfSection:
 
 @dataclass(frozen=True, slots=True)
 class Tdvf:
-    """A firmware image, its sections in the order of the metadata, and where the descriptor lies in the image."""
+    """A firmware image, its sections in the order of the metadata, and where the descriptor lies in the image.
+
+    ``left_out`` is how many bytes of the whole image, its variables, come before ``image`` and are in another file.
+    """
 
     image: bytes
     sections: tuple[TdvfSection, ...]
     offset: int = 0
+    left_out: int = 0
 
     def section_offset(self, number: int) -> int:
         """Where in the image section ``number`` is described."""
         return self.offset + _DESCRIPTOR.sizeof() + number * _SECTION.sizeof()
 
     def data(self, section: TdvfSection) -> bytes:
-        """The section's bytes in the image."""
-        return self.image[section.data_offset : section.data_offset + section.raw_size]
+        """The section's bytes in the image; none of variables that are left out."""
+        start = max(section.data_offset - self.left_out, 0)
+        return self.image[start : max(section.data_offset + section.raw_size - self.left_out, 0)]
 
     def of_type(self, type: SectionType) -> list[TdvfSection]:
         """The sections of one type."""
@@ -172,8 +177,8 @@ def find_tdvf(image: bytes, table: GuidTable | None) -> int | None:
     return next((at for at in places if at >= 0 and image[at : at + 4] == _SIGNATURE), None)
 
 
-def tdvf_at(image: bytes, offset: int) -> Tdvf:
-    """The sections of the descriptor at ``offset``. Raises ``FormatError``."""
+def tdvf_at(image: bytes, offset: int, left_out: int = 0) -> Tdvf:
+    """The sections of the descriptor at ``offset``, with ``left_out`` as in ``Tdvf``. Raises ``FormatError``."""
     header = parse(_DESCRIPTOR, "TDVF descriptor", image[offset : offset + 16], at=offset, source=_SOURCE)
     count = header.NumberOfSectionEntry
     for name, found, expected in (
@@ -192,15 +197,28 @@ def tdvf_at(image: bytes, offset: int) -> Tdvf:
             expected=f"2 to {_MAX_SECTIONS}",
             source=_SOURCE,
         )
-    sections = tuple(_section(image, offset + 16 + 32 * n, n) for n in range(count))
+    sections = tuple(_section(image, offset + 16 + 32 * n, n, left_out) for n in range(count))
     _check_overlap(sections, offset)
     hobs = [s for s in sections if s.type is SectionType.TD_HOB]
     if len(hobs) != 1:
         raise FormatError("TDVF sections of type TD_HOB", at=offset, found=len(hobs), expected=1, source=_SOURCE)
-    return Tdvf(image, sections, offset)
+    return Tdvf(image, sections, offset, left_out)
 
 
-def _section(image: bytes, at: int, number: int) -> TdvfSection:
+def variables_left_out(image: bytes, offset: int) -> int:
+    """How many bytes of variables an image lacks that has only the code, as OVMF_CODE.fd; 0 for a whole image.
+
+    Its metadata, at ``offset``, are those of the whole: there are variables that end where the code begins.
+    """
+    first = offset + _DESCRIPTOR.sizeof()
+    table = image[first : first + _SECTION.sizeof() * _MAX_SECTIONS]
+    for raw in c.GreedyRange(_SECTION).parse(table)[: int.from_bytes(image[first - 4 : first], "little")]:
+        if raw.Type == SectionType.CFV and raw.MemoryAddress + raw.RawDataSize == SZ_4G - len(image):
+            return int(raw.RawDataSize)
+    return 0
+
+
+def _section(image: bytes, at: int, number: int, left_out: int) -> TdvfSection:
     """Parse and check section ``number``, which stands at ``at``."""
     what = f"TDVF section {number}"
     raw = parse(_SECTION, what, image[at : at + 32], at=at, source=_SOURCE)
@@ -224,9 +242,9 @@ def _section(image: bytes, at: int, number: int) -> TdvfSection:
         raise refuse("RawDataSize", f"{raw.RawDataSize:#x}", "data" if kind in _WITH_DATA else "0")
     if kind is SectionType.PermMem and not raw.Attributes & ATTRIBUTE_PAGE_AUG:
         raise refuse("Attributes", f"{raw.Attributes:#x}", "PAGE.AUG, bit 1")
-    if raw.DataOffset + raw.RawDataSize > len(image):
+    if raw.DataOffset + raw.RawDataSize > left_out + len(image):
         found = f"{raw.DataOffset:#x} + {raw.RawDataSize:#x}"
-        raise refuse("DataOffset", found, f"a range inside the image of {len(image):#x} bytes")
+        raise refuse("DataOffset", found, f"a range inside the image of {left_out + len(image):#x} bytes")
     return TdvfSection(raw.DataOffset, raw.RawDataSize, raw.MemoryAddress, raw.MemoryDataSize, kind, raw.Attributes)
 
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from firmware.guid_table import SOURCE, TABLE_FOOTER_GUID, GuidEntry, GuidTable, read_guid_table
 from firmware.sev_metadata import SevMetadata, read_sev_metadata
-from firmware.tdvf import ATTRIBUTE_MR_EXTEND, ATTRIBUTE_PAGE_AUG, HOST_TYPES, Tdvf, TdvfSection, find_tdvf, tdvf_at
+from firmware.tdvf import (
+    ATTRIBUTE_MR_EXTEND,
+    ATTRIBUTE_PAGE_AUG,
+    HOST_TYPES,
+    Tdvf,
+    TdvfSection,
+    find_tdvf,
+    tdvf_at,
+    variables_left_out,
+)
 from guest.errors import FormatError
 from guest.units import SZ_4G
 from tools.render import hex_dump
@@ -39,7 +48,7 @@ def read(image: bytes) -> Metadata:
             "firmware image", at=max(len(image) - 0x30, 0), found="no metadata",
             expected=f"the GUIDed table's footer {TABLE_FOOTER_GUID}", source=SOURCE,
         )  # fmt: skip
-    tdvf = tdvf_at(image, at) if at is not None else None
+    tdvf = tdvf_at(image, at, variables_left_out(image, at)) if at is not None else None
     return Metadata(image, table, tdvf, read_sev_metadata(image, table) if table else None)
 
 
@@ -61,6 +70,8 @@ def text(found: Metadata) -> Iterator[str]:
     yield f"{found.tdvf.offset:#x} TDVF descriptor, {16 + 32 * len(sections)} bytes, {len(sections)} sections"
     yield f"  {_COLUMNS[0]}"
     yield from (f"  {_section_text(section)}" for section in sections)
+    if left_out := found.tdvf.left_out:
+        yield f"data offsets count from {left_out:#x} bytes of variables that this image leaves out; `boot` needs both"
     if refused := _refused(found.tdvf):
         yield f"QEMU refuses sections of type {', '.join(refused)}"
     yield f"MRTD {_mrtd_text(found.tdvf)}"
@@ -89,7 +100,8 @@ def to_json(found: Metadata) -> dict[str, object]:
         rows = [{"base": part.base, "size": part.size, "type": part.type_name} for part in found.sev.sections]
         out["sev"] = {"offset": found.sev.offset, "sections": rows}
     if found.tdvf:
-        out["tdx"] = {"offset": found.tdvf.offset, "sections": [_section_json(part) for part in found.tdvf.sections]}
+        rows = [_section_json(part) for part in found.tdvf.sections]
+        out["tdx"] = {"offset": found.tdvf.offset, "left_out": found.tdvf.left_out, "sections": rows}
         mrtd = found.tdvf.mrtd()
         out["mrtd"] = mrtd.hex() if mrtd else None
     return out

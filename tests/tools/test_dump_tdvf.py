@@ -64,7 +64,7 @@ def by_command(data: dict) -> tuple[list, list, list]:
     return entries, tdx, [(s["type"], s["base"], s["size"]) for s in (data["sev"] or {"sections": []})["sections"]]
 
 
-@pytest.mark.parametrize("name", ["OVMF.fd", "OVMF_CODE_4M.fd"])
+@pytest.mark.parametrize("name", ["OVMF.fd", "OVMF_CODE.fd", "OVMF_CODE_4M.fd"])
 def test_metadata_is_what_was_read_by_hand(command, file, name):
     """Entries, TDX and SEV sections of Debian's images are those of the sample file."""
     answer = command("dump", "tdvf", file("image", bytes(ovmf(name))), "--json")
@@ -72,9 +72,14 @@ def test_metadata_is_what_was_read_by_hand(command, file, name):
     assert by_command(json.loads(answer.out)) == by_hand(SAMPLES[name])
 
 
-def test_code_without_its_variables_is_refused(refused, file):
-    """OVMF_CODE.fd alone has the metadata of the whole image, so that its code would end behind its end."""
-    text = refused("dump", "tdvf", file("image", bytes(ovmf("OVMF_CODE.fd"))))
+def test_code_without_its_variables(command, refused, file):
+    """OVMF_CODE.fd has the metadata and the MRTD of the whole image: variables are not measured. `boot` refuses it."""
+    code, whole = (file(name, bytes(ovmf("OVMF.fd")[start:])) for name, start in (("code", 0x20000), ("whole", 0)))
+    lines = command("dump", "tdvf", code).out.splitlines()
+    assert "data offsets count from 0x20000 bytes of variables that this image leaves out; `boot` needs both" in lines
+    assert lines[-1].startswith("MRTD ")
+    assert lines[-1] == command("dump", "tdvf", whole).out.splitlines()[-1]
+    text = refused("boot", "--firmware", code)
     assert text.startswith("TDVF section 0 DataOffset at 0x1df7d0: found 0x20000 + 0x1e0000")
 
 
