@@ -23,7 +23,7 @@ _SOURCE = "kernel/configs.c, IKCFG_ST"
 _START = b"IKCFG_ST\x1f\x8b\x08"
 _LIMIT = 4 * SZ_1M
 """More than ten times a distribution's configuration."""
-_LINE = re.compile(r"^(?:CONFIG_(\w+)=(.*)|# CONFIG_(\w+) is not set)$", re.ASCII | re.MULTILINE)
+_LINE = re.compile(r"^(?:CONFIG_(\w+)=([ -~]*)|# CONFIG_(\w+) is not set)$", re.ASCII | re.MULTILINE)
 _VMSTAT_NAME = b"\0nr_unaccepted\0"
 _BANNER = b"Linux version "
 
@@ -39,7 +39,7 @@ class Support:
 def parse_config(text: str, what: str) -> dict[str, str]:
     """The options of a configuration file by name, without ``CONFIG_``; ``n`` for those that are not set.
 
-    ``what`` is its name in the ``FormatError`` for a text without any option.
+    Lines that are neither are passed over. ``what`` is the text's name in the ``FormatError`` if all are.
     """
     found = {name or unset: value if name else NOT_SET for name, value, unset in _LINE.findall(text)}
     if not found:

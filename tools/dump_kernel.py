@@ -205,6 +205,10 @@ def _payload_text(dump: Dump) -> Iterator[str]:
     if "init_size" in dump.bzimage.missing:
         return
     init_size, total, offset = dump.bzimage.init_size, dump.total_size, dump.extract_offset()
+    in_place = offset + dump.bzimage.protected_mode_size
+    if init_size < max(total, in_place):
+        yield f"init_size {init_size:#x} is too small: {total:#x} for the kernel, {in_place:#x} to unpack it in place"
+        return
     yield f"init_size {init_size:#x} is the larger of"
     yield f"  {total:#x}: the kernel in the end, _end - _text" + (" <-" if total == init_size else "")
     if total == init_size:

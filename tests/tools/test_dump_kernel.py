@@ -58,6 +58,15 @@ def test_init_size_of_a_large_kernel(command, file):
     assert f"  {size:#x}: the kernel in the end, _end - _text <-\n" in text
 
 
+def test_init_size_that_is_too_small(command, file):
+    """A header that promises less memory than unpacking takes is shown as such."""
+    image = damaged(0x260, "<I", 0x500000, build_bzimage(build_vmlinux()))
+    assert re.search(
+        r"\ninit_size 0x500000 is too small: 0x600000 for the kernel, 0x\w+ to unpack",
+        dumped(command, file("vmlinuz", image)),
+    )
+
+
 def test_debian_6_1(command, debian_kernel_6_1):
     """Debian's 6.1 kernel is packed by lz4 and does not know unaccepted memory."""
     text = dumped(command, debian_kernel_6_1)
