@@ -84,7 +84,7 @@ class Dump:
         """Bytes that the payload must stay ahead of what it is unpacked to (arch/x86/boot/header.S)."""
         assert self.vmlinux is not None and self.bzimage is not None
         output = len(self.vmlinux)
-        return round_up(max(output + (output >> 8) + 2 * SZ_64K - self.bzimage.payload_length, 0), PAGE_SIZE)
+        return round_up(max(output - self.bzimage.payload_length, 0) + (output >> 8) + 2 * SZ_64K, PAGE_SIZE)
 
     def _relocations(self) -> Relocations | None:
         if self.vmlinux is None or self.elf is None or len(self.vmlinux) <= self.elf.elf_end:
