@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1G, SZ_2M, SZ_16M, memparse
 from tdx.backing import MIXED
 from tdx.faults import KINDS, Rule, parse_rule
 from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig, stages_of
+
+if TYPE_CHECKING:
+    from tools.kernel_image import KernelImage
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
@@ -332,13 +335,27 @@ def _read_kernel(fields: dict[str, Any]) -> None:
         raise FormatError("--run", found="a bare vmlinux", expected="a bzImage with code of its own", source=_SOURCE)
     fields["kernel"], note = image.bootable()
     notes = [note] if note is not None else []
-    if run not in _RUNS_OF_REAL_STUB and (support := image.support).known is False:
+    if run not in _RUNS_OF_REAL_STUB and (reason := _lacks_support(image)) is not None:
         from bootstub.protocol import V9
 
         fields["protocol"] = fields.get("protocol", V9).without_support()
-        notes.append(f"the kernel does not know unaccepted memory and will lose it: {support.reason}")
+        notes.append(f"the kernel does not know unaccepted memory and will lose it: {reason}")
     for line in notes:
         print(f"unaccepted: note: {line}", file=sys.stderr)
+
+
+def _lacks_support(image: KernelImage) -> str | None:
+    """What says that a kernel does not know unaccepted memory; None if it knows it, or nothing tells.
+
+    A payload that does not unpack tells nothing here: the boot itself will come to it.
+    """
+    try:
+        support = image.support
+    except FormatError:
+        if image.given_config is not None:
+            raise
+        return None
+    return support.reason if support.known is False else None
 
 
 def _check_run(fields: dict[str, Any]) -> None:

@@ -62,8 +62,9 @@ class KernelImage:
 
     @property
     def support(self) -> Support:
-        """Whether the kernel knows unaccepted memory."""
-        return unaccepted_memory_support(self.vmlinux or b"", self.config)
+        """Whether the kernel knows unaccepted memory. A configuration beside the image tells without looking inside."""
+        inside = self.vmlinux or b"" if self.given_config is None else b""
+        return unaccepted_memory_support(inside, self.config)
 
     def bootable(self) -> tuple[bytes, str | None]:
         """The bzImage to boot, and a note if it is not the file itself. ``FormatError`` if there is none."""
