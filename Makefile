@@ -1,8 +1,9 @@
 # Everything runs in .venv, which is made on first use.
 #
-#   make boot ARGS="..."           boot a guest; ARGS go to the command (and to pytest, and to the benchmark)
+#   make boot ARGS="..."           boot a guest; ARGS go to the command (and to pytest, fuzz and bench)
 #   make test                      all tests, with Debian's kernel and OVMF if they can be had
 #   make lint types                ruff; mypy
+#   make fuzz                      give 200,000 hostile inputs to everything that reads bytes
 #   make artefacts                 get Debian's kernels, OVMF and iasl for the tests
 #   make bench                     measure
 
@@ -12,7 +13,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: boot test lint types bench artefacts clean
+.PHONY: boot test lint types fuzz bench artefacts clean
 
 boot: $(READY)
 	$(RUN)/unaccepted boot $(ARGS)
@@ -28,6 +29,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(RUN)/mypy
+
+fuzz: $(READY)
+	$(RUN)/python -m tests.fuzz $(ARGS)
 
 bench: $(READY)
 	$(RUN)/python -m tools.bench $(ARGS)

@@ -11,15 +11,17 @@ from typing import Any
 
 from bootstub.setup_header import (
     BOOT_FLAG,
+    DEFAULTS,
     HEADER_MAGIC,
     SETUP_HEADER,
     SETUP_HEADER_OFFSET,
+    SINCE,
     LoadFlags,
     XLoadFlags,
     version_text,
 )
 from guest.errors import FormatError
-from guest.records import offsets, parse
+from guest.records import field_extents, offsets, parse
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END
 
 _BOOT_RST = "Documentation/arch/x86/boot.rst"
@@ -28,8 +30,10 @@ _SETUP_SECTS_DEFAULT = 4
 """What ``setup_sects`` 0 means."""
 _PARAGRAPH = 16
 """The unit of ``syssize``."""
-_VERSION_MIN = 0x20C
-"""The first protocol with ``xloadflags``, the youngest of the fields that a 64-bit EFI boot needs; Linux 3.8."""
+_VERSION_MIN = 0x202
+"""The first protocol with a command line of its own place, Linux 2.4; the header of earlier ones is not read."""
+_VERSION_EFI = 0x20A
+"""The first protocol with ``pref_address`` and ``init_size``; no older kernel has an EFI stub (Linux 3.3)."""
 _KERNEL_VERSION_MAX = 256
 
 
@@ -40,6 +44,9 @@ class BzImage:
     ``kernel_version`` is the text that the field points to, None if it points nowhere. ``protected_mode_offset``
     and ``payload_offset`` are offsets in the file; the header counts the latter from the former.
     ``handover_offset`` counts from ``protected_mode_offset``; 0 if there is none.
+
+    ``missing`` names the fields that the image's protocol does not have: they have the values of
+    ``setup_header.DEFAULTS``. Without ``syssize`` the code goes on to the end of the file.
     """
 
     setup_sects: int
@@ -60,6 +67,7 @@ class BzImage:
     cmdline_size: int
     initrd_addr_max: int
     handover_offset: int
+    missing: frozenset[str] = frozenset()
 
     def payload(self, data: bytes) -> bytes:
         """The compressed kernel in ``data``, the file that this was parsed from."""
@@ -67,14 +75,39 @@ class BzImage:
 
 
 def parse_bzimage(data: bytes) -> BzImage:
-    """Read the setup header of a bzImage; the first thing that cannot be right is a ``FormatError``."""
+    """Read the header of a bzImage that boots by its 64-bit EFI stub; ``FormatError`` if it cannot be one."""
+    hdr, missing = _read_header(data)
+    _check_loading(hdr, missing)
+    return _bzimage(data, hdr, missing)
+
+
+def read_bzimage(data: bytes) -> BzImage:
+    """Read the header of a bzImage of any protocol from 2.02 on, bootable here or not."""
+    return _bzimage(data, *_read_header(data))
+
+
+def setup_header_fields(data: bytes) -> dict[str, int]:
+    """Every field of a bzImage's setup header in order, as it stands in the file; those it is too old for are 0."""
+    hdr, missing = _read_header(data)
+    return {name: 0 if name in missing else hdr[name] for name in field_extents(SETUP_HEADER)}
+
+
+def _read_header(data: bytes) -> tuple[Any, frozenset[str]]:
+    """The setup header, and the fields that it is too old for, which have their defaults."""
     raw = data[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof()]
     hdr = parse(SETUP_HEADER, "setup_header", raw, at=SETUP_HEADER_OFFSET, source=_BOOT_RST)
     _check_magic(hdr)
-    _check_loading(hdr)
+    missing = frozenset(name for name, since in SINCE.items() if hdr.version < since)
+    hdr.update((name, DEFAULTS.get(name, 0)) for name in missing)
+    return hdr, missing
+
+
+def _bzimage(data: bytes, hdr: Any, missing: frozenset[str]) -> BzImage:
     setup_sects = hdr.setup_sects or _SETUP_SECTS_DEFAULT
     protected = (setup_sects + 1) * _SECTOR
-    _check_sizes(hdr, protected, len(data))
+    if "syssize" in missing:
+        hdr.syssize = max(len(data) - protected, 0) // _PARAGRAPH
+    _check_sizes(hdr, missing, protected, len(data))
     return BzImage(
         setup_sects=setup_sects,
         version=hdr.version,
@@ -94,6 +127,7 @@ def parse_bzimage(data: bytes) -> BzImage:
         cmdline_size=hdr.cmdline_size,
         initrd_addr_max=hdr.initrd_addr_max,
         handover_offset=hdr.handover_offset,
+        missing=missing,
     )
 
 
@@ -105,7 +139,7 @@ def _require(true: bool, field: str, found: str, expected: str) -> None:
 
 
 def _check_magic(hdr: Any) -> None:
-    """It is a boot sector, it has a header, and the header has every field that is read here."""
+    """It is a boot sector, and it has a header of a known shape."""
     _require(hdr.boot_flag == BOOT_FLAG, "boot_flag", f"{hdr.boot_flag:#06x}", f"{BOOT_FLAG:#06x}")
     magic = hdr.header.to_bytes(4, "little")
     _require(hdr.header == HEADER_MAGIC, "header", f"{magic!r}", "b'HdrS'")
@@ -117,8 +151,17 @@ def _check_magic(hdr: Any) -> None:
     )
 
 
-def _check_loading(hdr: Any) -> None:
-    """The kernel can be loaded where a 64-bit EFI stub loads kernels, and says so in a way that makes sense."""
+def _check_loading(hdr: Any, missing: frozenset[str]) -> None:
+    """The kernel can be loaded where a 64-bit EFI stub loads kernels, and says so in a way that makes sense.
+
+    Where a header is too old for ``xloadflags``, only the PE header says that the kernel has 64 bits.
+    """
+    _require(
+        hdr.version >= _VERSION_EFI,
+        "version",
+        f"boot protocol {version_text(hdr.version)}",
+        f"{version_text(_VERSION_EFI)} or later: an older kernel has no EFI stub",
+    )
     _require(
         bool(hdr.loadflags & LoadFlags.LOADED_HIGH),
         "loadflags",
@@ -126,7 +169,7 @@ def _check_loading(hdr: Any) -> None:
         "LOADED_HIGH (bit 0): a bzImage, not a zImage",
     )
     _require(
-        bool(hdr.xloadflags & XLoadFlags.XLF_KERNEL_64),
+        "xloadflags" in missing or bool(hdr.xloadflags & XLoadFlags.XLF_KERNEL_64),
         "xloadflags",
         f"{hdr.xloadflags:#x}",
         "XLF_KERNEL_64 (bit 0): a 64-bit kernel",
@@ -152,12 +195,18 @@ def _check_loading(hdr: Any) -> None:
     )
 
 
-def _check_sizes(hdr: Any, protected: int, file_size: int) -> None:
+def _check_sizes(hdr: Any, missing: frozenset[str], protected: int, file_size: int) -> None:
     """The parts lie inside each other: payload and entry points in the code, the code in the file."""
     _require(protected < file_size, "setup_sects", f"{hdr.setup_sects}", f"setup inside the {file_size} bytes of file")
     code_size = hdr.syssize * _PARAGRAPH
     available = file_size - protected
     _require(0 < code_size <= available, "syssize", f"{code_size} bytes", f"from 1 to {available} bytes left in file")
+    handover = hdr.handover_offset
+    _require(handover < code_size, "handover_offset", f"{handover:#x}", f"less than {code_size:#x} [syssize]")
+    if "init_size" not in missing:
+        _require(hdr.init_size >= code_size, "init_size", f"{hdr.init_size:#x}", f"at least {code_size:#x} [syssize]")
+    if "payload_length" in missing:
+        return
     _require(
         hdr.payload_offset < code_size,
         "payload_offset",
@@ -171,9 +220,6 @@ def _check_sizes(hdr: Any, protected: int, file_size: int) -> None:
         f"{hdr.payload_length}",
         f"from 1 to {room} bytes [syssize]",
     )
-    _require(hdr.init_size >= code_size, "init_size", f"{hdr.init_size:#x}", f"at least {code_size:#x} [syssize]")
-    handover = hdr.handover_offset
-    _require(handover < code_size, "handover_offset", f"{handover:#x}", f"less than {code_size:#x} [syssize]")
 
 
 def _kernel_version(data: bytes, pointer: int, setup_sects: int) -> str | None:

@@ -36,13 +36,14 @@ def classic_stub(stub: Stub) -> None:
 
 
 def _copy_setup_header(stub: Stub) -> None:
-    """The image's setup header, from ``jump`` on, and what the stub fills in itself.
+    """The image's setup header, from ``jump`` to where that jumps, and what the stub fills in itself.
 
     Initrd and setup_data of the image's own header are dropped: they were meant for another boot loader.
     """
     params, base = stub.params, stub.image["ImageBase"]
     offset, _ = field_extents(BOOT_PARAMS)["hdr.jump"]
-    size = SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof() - offset
+    jump_distance = stub.memory.read_uint(base + offset + 1, 1)
+    size = min(SETUP_HEADER_OFFSET + SETUP_HEADER.sizeof() - offset, 2 + jump_distance)
     stub.memory.write(params.gpa + offset, stub.memory.read(base + offset, size))
     if params["hdr.header"] != HEADER_MAGIC:
         raise FormatError(

@@ -42,6 +42,7 @@ class ExitBoot:
     ) -> None:  # fmt: skip
         self._machine, self._efi = machine, efi
         self._boot_params = GuestRecord(machine.memory, boot_params, BOOT_PARAMS)
+        self._protocol = protocol
         self._record = protocol.record(machine, efi, self._boot_params, accept)
         self._slack = protocol.efi_mmap_nr_slack_slots
         self._soft_reserve = soft_reserve
@@ -66,7 +67,8 @@ class ExitBoot:
             if beyond > 0:
                 self._e820ext_size = _SETUP_DATA_SIZE + _ENTRY_SIZE * beyond
                 self._e820ext = self._efi.allocate_pool(self._e820ext_size)
-            self._record.allocate(self._efi.descriptors(memmap))
+            if self._protocol.unaccepted_memory:
+                self._record.allocate(self._efi.descriptors(memmap))
         finally:
             self._efi.free_pool(memmap.pool)
 
@@ -102,14 +104,30 @@ class ExitBoot:
         data = self._machine.memory.read(at, params["efi_info.efi_memmap_size"])
         descriptors = unpack_map(data, stride, at=at)
         entries: list[BootE820Entry] = []
+        lost = 0
         for number, d in enumerate(descriptors):
             kind = e820_type_of(d, self._soft_reserve)
             if kind is None:
                 continue
             if d.type == EfiMemoryType.EfiUnacceptedMemoryType:
+                if not self._protocol.unaccepted_memory:
+                    lost += d.end - d.start
+                    continue
                 self._record.process(d.start, d.end)
             self._append(entries, d, kind, len(descriptors) - number)
         self._store(entries)
+        if lost:
+            self._tell_of_loss(lost)
+
+    def _tell_of_loss(self, lost: int) -> None:
+        """A kernel without CONFIG_UNACCEPTED_MEMORY skips unaccepted memory.
+
+        v9's says so by efi_warn_once(), on a console that is gone with boot services; 6.12's is silent.
+        """
+        if self._protocol.warns:
+            self._machine.print("EFI stub: WARNING: The system has unaccepted memory,  but kernel does not support it")
+            self._machine.print("Consider enabling CONFIG_UNACCEPTED_MEMORY")
+        self._machine.note(f"{lost >> 10} KiB of unaccepted memory are left out of the e820 table")
 
     def _append(self, entries: list[BootE820Entry], d: MemoryDescriptor, kind: int, left: int) -> None:
         """Add an entry, or let the previous one grow if it ends here and has the same type."""

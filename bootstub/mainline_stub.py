@@ -68,7 +68,8 @@ def _run(stub: Stub) -> int:
     ):
         efi.locate_handles(guid)
     efi.free_pool(0)  # the list of PCI devices that there was none of
-    _allow_unaccepted_memory(stub)
+    if stub.protocol.unaccepted_memory:
+        _allow_unaccepted_memory(stub)
     _reported(stub, "exit_boot() failed!", stub.exit_boot)
     return entry
 

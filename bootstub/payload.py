@@ -2,7 +2,9 @@
 
 Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length) and lib/decompress.c. The last four bytes
 of the payload are the size of what comes out, little endian (output_len of arch/x86/boot/compressed/mkpiggy.c):
-scripts/Makefile.lib appends them to every format but gzip, whose own trailer ends with them.
+scripts/Makefile.lib appends them to every format but gzip, whose own trailer ends with them. Only the first stream of
+a payload counts, as for the kernel's own decompressors; what lies between it and the size is not read. lz4 has no end
+of stream, and goes on to the size.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from functools import lru_cache
 from types import ModuleType
 from typing import Protocol
 
+from bootstub.lzo import LzoError, LzoStream
 from guest.errors import FormatError
 from guest.units import SZ_1G, SZ_1M
 
@@ -122,10 +126,21 @@ def _lz4() -> tuple[_Stream, type[Exception]]:
     try:
         from lz4 import block
     except ImportError as error:
-        missing = "an lz4 payload, and no module lz4"
-        expected = "lz4: pip install 'unaccepted[lz4]'"
-        raise FormatError("payload compression", found=missing, expected=expected, source=_BOOT_RST) from error
+        raise _missing("lz4", "lz4") from error
     return _Lz4(block), block.LZ4BlockError
+
+
+def _lzo() -> tuple[_Stream, type[Exception]]:
+    try:
+        from lzallright import LZOCompressor, LZOError
+    except ImportError as error:
+        raise _missing("lzo", "lzallright") from error
+    return LzoStream(LZOCompressor.decompress, LZOError), LzoError
+
+
+def _missing(extra: str, module: str) -> FormatError:
+    found, expected = f"an {extra} payload, and no module {module}", f"{module}: pip install 'unaccepted[{extra}]'"
+    return FormatError("payload compression", found=found, expected=expected, source=_BOOT_RST)
 
 
 _STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
@@ -135,6 +150,7 @@ _STREAMS: dict[Compression, Callable[[], tuple[_Stream, type[Exception]]]] = {
     Compression.XZ: _xz,
     Compression.ZSTD: _zstd,
     Compression.LZ4: _lz4,
+    Compression.LZO: _lzo,
 }
 """The decompressors, imported only when they are used."""
 
@@ -167,31 +183,32 @@ def output_len(payload: bytes, *, at: int = 0) -> int:
 def decompress(payload: bytes, *, at: int = 0) -> bytes:
     """What ``payload`` decompresses to: the kernel's ELF file and the relocation table behind it.
 
-    Never makes more than one byte above ``output_len()``. ``at`` is where the payload was found, for messages.
+    Never makes more than one byte above ``output_len()``. ``at`` is where the payload was found, for messages. What
+    was made last is kept, since several stages and commands ask for it.
     """
-    compression = detect(payload, at=at)
-    size = output_len(payload, at=at)
-    if compression not in _STREAMS:
-        raise FormatError(
-            "payload compression",
-            at=at,
-            found=f"{compression}, which is known and not supported yet",
-            expected=f"one of {', '.join(_STREAMS)}",
-            source=_BOOT_RST,
-        )
+    try:
+        return _decompress(payload)
+    except FormatError as error:
+        raise _moved(error, at) from error.__cause__
+
+
+def _moved(error: FormatError, by: int) -> FormatError:
+    """The same error, for a payload that does not lie at 0 but at ``by``."""
+    at = error.at + by if error.at is not None else None
+    return FormatError(error.what, at=at, found=error.found, expected=error.expected, source=error.source)
+
+
+@lru_cache(maxsize=1)
+def _decompress(payload: bytes) -> bytes:
+    compression, size = detect(payload), output_len(payload)
     stream, error = _STREAMS[compression]()
     try:
         output = stream.decompress(payload, size + 1)
     except error as refusal:
-        raise FormatError(
-            "payload",
-            at=at,
-            found=f"damaged data ({refusal})",
-            expected=f"a {compression} stream",
-            source=_BOOT_RST,
-        ) from refusal
+        found, expected = f"damaged data ({refusal})", f"a {compression} stream"
+        raise FormatError("payload", at=0, found=found, expected=expected, source=_BOOT_RST) from refusal
     if len(output) != size or not stream.eof:
         found = f"more than {size}" if len(output) > size else f"{len(output)}"
         found += " bytes" if stream.eof or len(output) > size else " bytes in a stream that is cut short"
-        raise FormatError("payload output", at=at, found=found, expected=f"{size} bytes", source=_MKPIGGY)
+        raise FormatError("payload output", at=0, found=found, expected=f"{size} bytes", source=_MKPIGGY)
     return output

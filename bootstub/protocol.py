@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 from bootstub.efi_call import EfiCalls
@@ -34,7 +34,8 @@ class Protocol:
     ``efi_mmap_nr_slack_slots``: descriptors that the stub keeps room for because its own calls may split the map
     (drivers/firmware/efi/libstub/efistub.h, EFI_MMAP_NR_SLACK_SLOTS). ``unpacks_in_stub``: the stub itself unpacks
     the kernel, while boot services run; there is no decompressor behind it. ``record``: how unaccepted memory is
-    handed on. ``accept``: how a TD accepts a range.
+    handed on. ``accept``: how a TD accepts a range. ``warns``: a kernel without support says so when it loses memory.
+    ``unaccepted_memory``: CONFIG_UNACCEPTED_MEMORY, the kernel has that support.
     """
 
     name: str
@@ -42,12 +43,18 @@ class Protocol:
     unpacks_in_stub: bool
     record: Callable[[Machine, EfiCalls, GuestRecord, Accept], UnacceptedRecord]
     accept: Callable[[Machine, int, int], bool]
+    warns: bool
+    unaccepted_memory: bool = True
+
+    def without_support(self) -> Protocol:
+        """The same code, built without CONFIG_UNACCEPTED_MEMORY."""
+        return replace(self, unaccepted_memory=False)
 
 
-V9 = Protocol("v9", 8, False, BitmapOfStub, tdx_accept_memory_v9)
+V9 = Protocol("v9", 8, False, BitmapOfStub, tdx_accept_memory_v9, warns=True)
 """[PATCHv9 00/14] Implement support for unaccepted memory, on 6.3-rc."""
 
-MAINLINE = Protocol("mainline", 32, True, TableOfStub, tdx_accept_memory)
+MAINLINE = Protocol("mainline", 32, True, TableOfStub, tdx_accept_memory, warns=False)
 """What was merged for 6.5, in the shape of 6.12."""
 
 PROTOCOLS = {protocol.name: protocol for protocol in (V9, MAINLINE)}

@@ -108,6 +108,40 @@ SETUP_HEADER = c.Struct(
     "kernel_info_offset" / c.Int32ul,
 )
 
+SINCE = {
+    "syssize": 0x204,
+    "initrd_addr_max": 0x203,
+    "kernel_alignment": 0x205,
+    "relocatable_kernel": 0x205,
+    "min_alignment": 0x20A,
+    "xloadflags": 0x20C,
+    "cmdline_size": 0x206,
+    "hardware_subarch": 0x207,
+    "hardware_subarch_data": 0x207,
+    "payload_offset": 0x208,
+    "payload_length": 0x208,
+    "setup_data": 0x209,
+    "pref_address": 0x20A,
+    "init_size": 0x20A,
+    "handover_offset": 0x20B,
+    "kernel_info_offset": 0x20F,
+}
+"""The boot protocol that brought a field, or that made it reliable; the others are in every header from 2.02 on."""
+
+DEFAULTS = {"initrd_addr_max": 0x37FF_FFFF, "cmdline_size": 255, "pref_address": 0x10_0000}
+"""What holds where a header is too old for a field; 0, which means none, for those without a line here.
+
+The first two stand with their fields in boot.rst; a bzImage without a preferred address is loaded at 1 MiB
+(LOADED_HIGH).
+"""
+
+
+def flag_names(flags: type[IntFlag], value: int) -> str:
+    """Names of the set bits, lowest first, then what has no name, in hexadecimal."""
+    names = [flag.name or "" for flag in flags if flag & value]
+    rest = value & ~sum(flags)
+    return " | ".join([*names, f"{rest:#x}"] if rest else names) or "none"
+
 
 def loader_name(type_of_loader: int, ext_loader_type: int) -> str:
     """Who loaded the kernel, in words (boot.rst, field ``type_of_loader``)."""

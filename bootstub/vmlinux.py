@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from elftools.common.exceptions import ELFError
@@ -64,9 +65,7 @@ def load_segments(data: bytes) -> Vmlinux:
     ``at`` of a ``FormatError`` is an offset in ``data``.
     """
     _check_ident(data)
-    structs = ELFStructs(little_endian=True, elfclass=64)
-    structs.create_basic_structs()
-    structs.create_advanced_structs()
+    structs = _structs()
     stream = io.BytesIO(data)
     ehdr = structs.Elf_Ehdr.parse_stream(stream)
     _check_ehdr(ehdr)
@@ -81,6 +80,14 @@ def load_segments(data: bytes) -> Vmlinux:
         raise FormatError("e_phnum", at=ehdr.e_phoff, found="no PT_LOAD", expected="one or more", source=_PARSE_ELF)
     ends += [segment.p_offset + segment.p_filesz for segment in segments]
     return Vmlinux(ehdr.e_entry, segments, max(ends))
+
+
+@cache
+def _structs() -> ELFStructs:
+    structs = ELFStructs(little_endian=True, elfclass=64)
+    structs.create_basic_structs()
+    structs.create_advanced_structs()
+    return structs
 
 
 def place_segments(memory: GuestMemory, kernel: Vmlinux, output: int) -> None:

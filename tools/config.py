@@ -7,16 +7,20 @@ without its dashes (``host-page-size = "4K"``), an option that can be repeated i
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_1G, SZ_2M, SZ_16M, memparse
 from tdx.backing import MIXED
 from tdx.faults import KINDS, Rule, parse_rule
 from tools.pipeline import DEFAULT_CMDLINE, REAL_KERNEL_CMDLINE, BootConfig, stages_of
+
+if TYPE_CHECKING:
+    from tools.kernel_image import KernelImage
 
 _MAX_FILE = SZ_1G
 _MAX_MEMORY = 1 << 50
@@ -29,6 +33,7 @@ _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
 _MAX_CPUS = 4096
+_RUNS_OF_REAL_STUB = ("stub", "kernel")
 _SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
 _HOST_BACKING = {"demand": False, "ahead": True}
@@ -133,12 +138,10 @@ def _accept_cpus(text: str) -> int:
     return _number("--accept-cpus", text, 1, _MAX_CPUS)
 
 
-def _kernel(path: str) -> bytes:
-    from bootstub.bzimage import parse_bzimage
+def _kernel_config(path: str) -> str:
+    from tools.kernel_image import read_config_text
 
-    data = read_file(path)
-    parse_bzimage(data)
-    return data
+    return read_config_text(path)
 
 
 def _address(text: str) -> int:
@@ -268,7 +271,11 @@ OPTIONS = (
         "accept", _accept_policy,
     ),
     Option("accept-cpus", "N", "processors that accept for the firmware (default 1)", "accept_cpus", _accept_cpus),
-    Option("kernel", "FILE", "bzImage (default: a small one of our own)", "kernel", _kernel),
+    Option("kernel", "FILE", "bzImage or bare vmlinux (default: a small one of our own)", "kernel", read_file),
+    Option(
+        "kernel-config", "FILE", "the kernel's configuration: does it know unaccepted memory? (default: what its image "
+        "tells)", "kernel_config", _kernel_config,
+    ),
     Option("initrd", "FILE", "initrd (default with --run kernel: one that touches memory)", "initrd", read_file),
     Option("cmdline", "TEXT", f"command line [hdr.cmd_line_ptr] (default: {DEFAULT_CMDLINE!r})", "cmdline", _cmdline),
     Option("protocol", "NAME", "version of the boot code: v9 (default) or mainline", "protocol", _protocol),
@@ -336,10 +343,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
-    if "kernel" not in fields:
-        from bootstub.sample_kernel import sample_bzimage
-
-        fields["kernel"] = sample_bzimage()
+    _read_kernel(fields)
     numa = fields.pop("numa", None)
     config = BootConfig(**fields)
     if numa is not None:
@@ -392,6 +396,49 @@ def _read_map(fields: dict[str, Any]) -> None:
     elif given:
         name = next(iter(given)).replace("_", "-")
         raise FormatError(f"--{name}", found="no --efi-map", expected="a map to read", source=_SOURCE)
+
+
+def _read_kernel(fields: dict[str, Any]) -> None:
+    """Put the image that boots in the place of the kernel file, and our stub's support in that of the configuration.
+
+    What a user would not expect of the file is told on standard error. Real code knows itself what it supports.
+    """
+    given = fields.pop("kernel_config", None)
+    if "kernel" not in fields:
+        from bootstub.sample_kernel import sample_bzimage
+
+        fields["kernel"] = sample_bzimage()
+        if given is None:
+            return
+    from tools.kernel_image import KernelImage
+
+    image = KernelImage(fields["kernel"], given)
+    run = fields.get("run")
+    if run is not None and image.bzimage is None:
+        raise FormatError("--run", found="a bare vmlinux", expected="a bzImage with code of its own", source=_SOURCE)
+    fields["kernel"], note = image.bootable()
+    notes = [note] if note is not None else []
+    if run not in _RUNS_OF_REAL_STUB and (reason := _lacks_support(image)) is not None:
+        from bootstub.protocol import V9
+
+        fields["protocol"] = fields.get("protocol", V9).without_support()
+        notes.append(f"the kernel does not know unaccepted memory and will lose it: {reason}")
+    for line in notes:
+        print(f"unaccepted: note: {line}", file=sys.stderr)
+
+
+def _lacks_support(image: KernelImage) -> str | None:
+    """What says that a kernel does not know unaccepted memory; None if it knows it, or nothing tells.
+
+    A payload that does not unpack tells nothing here: the boot itself will come to it.
+    """
+    try:
+        support = image.support
+    except FormatError:
+        if image.given_config is not None:
+            raise
+        return None
+    return support.reason if support.known is False else None
 
 
 def _check_run(fields: dict[str, Any]) -> None:

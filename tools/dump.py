@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     acpi.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
     acpi.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
     _add_forms(acpi)
+    kernel = structures.add_parser("kernel", help="a bzImage or vmlinux: headers, payload, segments, configuration")
+    kernel.add_argument("file", metavar="FILE", help="a bzImage of boot protocol 2.02 or later, or a bare vmlinux")
+    kernel.add_argument("--config", metavar="FILE", help="the kernel's configuration, if it is not inside")
+    _add_forms(kernel)
 
 
 def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -90,8 +94,19 @@ def _acpi(args: argparse.Namespace) -> Iterable[str]:
     return [line for t in tables for line in hex_dump(t.data, t.at)] if args.hex else dump_acpi.text(tables)
 
 
+def _kernel(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_kernel
+    from tools.kernel_image import KernelImage, read_config_text
+
+    config = read_config_text(args.config) if args.config is not None else None
+    found = dump_kernel.Dump(KernelImage(read_file(args.file), config))
+    if args.json:
+        return [json_text(dump_kernel.to_json(found), args.json)]
+    return dump_kernel.hex_lines(found) if args.hex else dump_kernel.text(found)
+
+
 _STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi
+    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi, "kernel": _kernel
 }  # fmt: skip
 
 

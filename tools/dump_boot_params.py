@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import IntFlag
 
 from bootstub.boot_params import (
     BOOT_E820_ENTRY,
@@ -20,7 +19,7 @@ from bootstub.boot_params import (
 )
 from bootstub.e820_types import type_word
 from bootstub.setup_data import Reader, SetupData, SetupDataType, read_indirect, walk_setup_data
-from bootstub.setup_header import LoadFlags, XLoadFlags, loader_name, version_text
+from bootstub.setup_header import LoadFlags, XLoadFlags, flag_names, loader_name, version_text
 from guest.records import field_extents
 from guest.units import size_text
 from kernel.e820 import memory_setup
@@ -188,13 +187,6 @@ _ARRAYS: dict[str, Callable[[bytes, Mapping[str, int], int], Iterator[Row]]] = {
 }
 
 
-def _flags(flags: type[IntFlag], value: int) -> str:
-    """Names of the set bits, lowest first, then what has no name, in hexadecimal."""
-    names = [flag.name or "" for flag in flags if flag & value]
-    rest = value & ~sum(flags)
-    return " | ".join([*names, f"{rest:#x}"] if rest else names) or "none"
-
-
 def _signature(value: int) -> str:
     """Four characters, if that is what the integer is."""
     text = value.to_bytes(4, "little")
@@ -254,13 +246,13 @@ _DECODERS: dict[str, Callable[[Mapping[str, int]], str]] = {
     "hdr.header": lambda f: _signature(f["hdr.header"]),
     "hdr.version": lambda f: version_text(f["hdr.version"]),
     "hdr.type_of_loader": lambda f: loader_name(f["hdr.type_of_loader"], f["hdr.ext_loader_type"]),
-    "hdr.loadflags": lambda f: _flags(LoadFlags, f["hdr.loadflags"]),
+    "hdr.loadflags": lambda f: flag_names(LoadFlags, f["hdr.loadflags"]),
     "hdr.ramdisk_image": _with_high_half("hdr.ramdisk_image", "ext_ramdisk_image"),
     "hdr.ramdisk_size": _with_high_half("hdr.ramdisk_size", "ext_ramdisk_size"),
     "hdr.cmd_line_ptr": _with_high_half("hdr.cmd_line_ptr", "ext_cmd_line_ptr"),
     "hdr.kernel_alignment": _bytes("hdr.kernel_alignment"),
     "hdr.min_alignment": lambda f: size_text(1 << f["hdr.min_alignment"]),
-    "hdr.xloadflags": lambda f: _flags(XLoadFlags, f["hdr.xloadflags"]),
+    "hdr.xloadflags": lambda f: flag_names(XLoadFlags, f["hdr.xloadflags"]),
     "hdr.cmdline_size": _decimal("hdr.cmdline_size"),
     "hdr.payload_length": _bytes("hdr.payload_length"),
     "hdr.setup_data": lambda f: "" if f["hdr.setup_data"] else "no list",

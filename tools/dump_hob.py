@@ -58,12 +58,12 @@ def read(source: str) -> HobList:
     if source.startswith(PREFIX):
         boot = td_boot(source)
         boot.run("host")
-        return _hob_list(boot.physical.read, boot.machine.regs.rcx)
+        return hob_list(boot.physical.read, boot.machine.regs.rcx)
     data = read_file(source)
-    return _hob_list(lambda at, size: data[at : at + size], 0)
+    return hob_list(lambda at, size: data[at : at + size], 0)
 
 
-def _hob_list(read: Callable[[int, int], bytes], gpa: int) -> HobList:
+def hob_list(read: Callable[[int, int], bytes], gpa: int) -> HobList:
     hobs = tuple(walk_hobs(read, gpa))
     return HobList(gpa, read(gpa, hobs[-1].at + hobs[-1].length - gpa), hobs)
 

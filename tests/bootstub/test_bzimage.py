@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bootstub.bzimage import BzImage, parse_bzimage
+from bootstub.bzimage import BzImage, parse_bzimage, read_bzimage
+from bootstub.pack_payload import PACKERS
 from bootstub.sample_kernel import KERNEL_VERSION, build_bzimage, build_vmlinux, sample_bzimage
 from bootstub.setup_header import LoadFlags, XLoadFlags
 from guest.errors import BootError, FormatError
+from tools.pipeline import Boot, BootConfig
 
 HEADER_END = 0x26C
 
@@ -73,7 +75,7 @@ FALSIFIED = [
     ("syssize", 0x1F4, "I", [0, CODE_SIZE // 16 + 1, 0xFFFFFFFF]),
     ("boot_flag", 0x1FE, "H", [0, 0x55AA]),
     ("header", 0x202, "4s", [b"HdrT", b"\0\0\0\0"]),
-    ("version", 0x206, "H", [0, 0x0200, 0x020B]),
+    ("version", 0x206, "H", [0, 0x0200, 0x0201, 0x0209]),
     ("kernel_version", 0x20E, "H", [7 * 512, 0xFFFF]),
     ("loadflags", 0x211, "B", [0, 0xFE]),
     ("kernel_alignment", 0x230, "I", [0, 0x800, 0x300000, 0xFFFFFFFF]),
@@ -123,9 +125,58 @@ def test_kernel_version_text(text):
 
 
 def test_old_protocol():
-    """A kernel of an old boot protocol is refused with both versions in words."""
+    """A kernel from before the EFI stub is refused with both versions in words, and so is one from before 2.02."""
     error = refusal(build_bzimage(b"kernel", version=0x207))
-    assert (error.found, error.expected) == ("boot protocol 2.07", "2.12 or later")
+    assert error.found == "boot protocol 2.07"
+    assert error.expected == "2.10 or later: an older kernel has no EFI stub"
+    with pytest.raises(FormatError, match=r"found boot protocol 2\.01, expected 2\.02 or later"):
+        read_bzimage(patched(0x206, b"\x01\x02"))
+
+
+# The fields that BzImage has, with the protocol that brought each (boot.rst, table of the header), what the sample's
+# header says, and what holds without it.
+SAMPLE = read_bzimage(sample_bzimage())
+FIELDS = [
+    ("initrd_addr_max", 0x203, 0x7FFFFFFF, 0x37FFFFFF),
+    ("protected_mode_size", 0x204, SAMPLE.protected_mode_size, SAMPLE.protected_mode_size + 512),
+    ("kernel_alignment", 0x205, 0x200000, 0),
+    ("relocatable_kernel", 0x205, True, False),
+    ("cmdline_size", 0x206, 2047, 255),
+    ("payload_length", 0x208, SAMPLE.payload_length, 0),
+    ("min_alignment", 0x20A, 21, 0),
+    ("pref_address", 0x20A, 0x1000000, 0x100000),
+    ("init_size", 0x20A, SAMPLE.init_size, 0),
+    ("handover_offset", 0x20B, SAMPLE.handover_offset, 0),
+    ("xloadflags", 0x20C, 0x7F, 0),
+]
+
+
+@pytest.mark.parametrize("version", range(0x202, 0x210))
+def test_every_protocol(version):
+    """Each protocol from 2.02 to 2.15 is read: what came later has its default, whatever bytes stand there."""
+    file = build_bzimage(build_vmlinux(), version=version) + bytes(512)
+    image = read_bzimage(file)
+    assert image.version == version
+    assert image.kernel_version == KERNEL_VERSION
+    for name, since, there, default in FIELDS:
+        assert getattr(image, name) == (there if version >= since else default), name
+    since = {"protected_mode_size": "syssize"}
+    assert image.missing & {since.get(name, name) for name, *_ in FIELDS} == {
+        since.get(name, name) for name, begin, *_ in FIELDS if version < begin
+    }
+
+
+@pytest.mark.parametrize("version", range(0x20A, 0x210))
+def test_every_protocol_with_a_stub_boots(version):
+    """A kernel of each protocol since the EFI stub, 2.10, boots to its entry point and is the same there."""
+    boot = Boot(BootConfig(build_bzimage(build_vmlinux(), version=version)))
+    boot.run("decompress")
+    assert boot.machine.regs.rip == 0x1000000
+    assert boot.physical.read(0x1000000, 7) == b"\xf4\xeb\xfdt   "
+    header = boot.boot_params[0x1F1:0x290]
+    assert struct.unpack_from("<H", header, 0x206 - 0x1F1) == (version,)
+    if version < 0x20B:  # where the header of 2.10 ends, boot_params stays zero
+        assert header[0x264 - 0x1F1 :] == bytes(0x290 - 0x264)
 
 
 @pytest.mark.parametrize("size", [0, 1, 0x1F1, 0x1FF, HEADER_END - 1, HEADER_END, 0x1000, 0x1001, -1])
@@ -134,7 +185,7 @@ def test_truncated(size):
     refusal(sample_bzimage()[:size])
 
 
-@pytest.mark.parametrize("compression", ["gzip", "bzip2", "lzma", "xz", "zstd"])
+@pytest.mark.parametrize("compression", PACKERS)
 def test_init_size(compression):
     """The sample kernel asks for room to decompress in place and for itself."""
     vmlinux = build_vmlinux(kernel_total_size=32 << 20)

@@ -34,7 +34,7 @@ WRONG_KERNELS = {
     "code cut": (sample_bzimage()[:0x1400], "syssize"),
     "random": (random.Random(1).randbytes(20_000), "boot_flag"),
     "zeros": (bytes(20_000), "boot_flag"),
-    "ELF": (b"\x7fELF" + bytes(20_000), "boot_flag"),
+    "ELF": (b"\x7fELF" + bytes(20_000), "e_ident"),
     "zImage": (changed((0x211, "B", 0)), "loadflags"),
     "32 bits": (changed((0x236, "H", 0)), "xloadflags"),
     "payload outside": (changed((0x248, "I", 0x7FFF_0000)), "payload_offset"),

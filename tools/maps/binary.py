@@ -78,15 +78,20 @@ def read_image(path: str, boot_params: int | bytes) -> PlatformMap:
     with file_path(path).open("rb") as file:
         image = Image(file)
         page = image.read(boot_params, BOOT_PARAMS_SIZE) if isinstance(boot_params, int) else boot_params
-        check_size(page)
-        params = RecordCopy(page, BOOT_PARAMS)
-        if params["efi_info.efi_memmap_size"]:
-            return efi_map(_memmap(image, params), path, IMAGE_FORM)
-        entries = e820_table_of(page)
-        for node in walk_setup_data(image.read, params["hdr.setup_data"]):
-            if node.type == SetupDataType.SETUP_E820_EXT:
-                entries += parse_e820_table(image.read(node.data_gpa, node.len))
-        return e820_map(entries, path, BOOT_PARAMS_FORM)
+        return parse_image(image, page, path)
+
+
+def parse_image(image: Image, page: bytes, name: str) -> PlatformMap:
+    """The map of guest memory whose boot_params page is ``page``. Raises ``FormatError``."""
+    check_size(page)
+    params = RecordCopy(page, BOOT_PARAMS)
+    if params["efi_info.efi_memmap_size"]:
+        return efi_map(_memmap(image, params), name, IMAGE_FORM)
+    entries = e820_table_of(page)
+    for node in walk_setup_data(image.read, params["hdr.setup_data"]):
+        if node.type == SetupDataType.SETUP_E820_EXT:
+            entries += parse_e820_table(image.read(node.data_gpa, node.len))
+    return e820_map(entries, name, BOOT_PARAMS_FORM)
 
 
 def _memmap(image: Image, params: RecordCopy) -> list[MemoryDescriptor]:
