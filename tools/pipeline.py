@@ -32,6 +32,7 @@ from guest.records import RecordCopy
 from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
+from guest.write_journal import WriteJournal
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
@@ -57,6 +58,9 @@ GPAW_REAL_CODE = 40
 DEFAULT_CMDLINE = "nokaslr efi=debug"
 REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0 printk.devkmsg=on"
 """A real kernel prints to the serial port only if it is told to."""
+
+WRITE_FOR_OTHERS = ("bootstub.efi_call", "firmware.arena", "kernel.memblock")
+"""Modules whose callers are the authors of what they write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +130,24 @@ class Boot:
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
+        self.boot_params_gpa = 0
+        """Where it left it."""
+        self.boot_params_event = 0
+        """Number of the event that came next."""
         self.system_table: bytes | None = None
         """The EFI system table as the stub left it; None if boot_params do not name it."""
+        self.memmap = b""
+        """The EFI memory map as the stub left it, of which boot_params have address and size."""
         self.done: list[str] = []
+        self.journal: WriteJournal | None = None
+        """Who wrote what, once it was asked for."""
+
+    def keep_journal(self) -> WriteJournal:
+        """Write down from now on who writes what to guest memory."""
+        if self.journal is None:
+            self.journal = WriteJournal(self.trace, WRITE_FOR_OTHERS)
+            self.physical.on_write = self.journal.record
+        return self.journal
 
     @property
     def next_stage(self) -> str | None:
@@ -206,9 +225,12 @@ def _efi_stub(boot: Boot) -> None:
 
 
 def _keep_what_the_stub_left(boot: Boot) -> None:
-    """Copies of boot_params and of the system table, whose pointers become virtual addresses later on."""
-    boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+    """Copies of boot_params, the EFI memory map and the system table, whose pointers become virtual addresses."""
+    boot.boot_params_gpa, boot.boot_params_event = boot.machine.regs.rsi, boot.trace.count
+    boot.boot_params = boot.physical.read(boot.boot_params_gpa, BOOT_PARAMS_SIZE)
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
+    at = params["efi_info.efi_memmap_hi"] << 32 | params["efi_info.efi_memmap"]
+    boot.memmap = boot.physical.read(at, params["efi_info.efi_memmap_size"])
     at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
     boot.system_table = boot.physical.read(at, EFI_SYSTEM_TABLE.sizeof()) if at else None
 
