@@ -26,6 +26,11 @@ class Write(NamedTuple):
     start: int
     end: int
 
+    @property
+    def text(self) -> str:
+        """Stage, function, and number of the event that came next."""
+        return f"{self.stage} {self.author} #{self.event}"
+
 
 class WriteJournal:
     """All writes since it was made, in order.
@@ -45,6 +50,8 @@ class WriteJournal:
 
     def record_as(self, author: str, start: int, end: int) -> None:
         """The same, for an author that is no function of ours."""
+        if start == end:
+            return
         write = Write(self._trace.count, self._trace.stage, author, start, end)
         last = self.writes[-1] if self.writes else None
         if last is not None and last[:3] == write[:3] and last.end == start:
