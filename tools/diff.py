@@ -16,7 +16,7 @@ from guest.ranges import RangeMap
 from guest.units import size_text
 from tools.cli import script
 from tools.dump_boot_params import rows
-from tools.facts import Fact, Facts, Span, facts_of
+from tools.facts import Fact, Facts, Span, facts_of, first_of
 from tools.render import add_json_option, json_text
 
 _E820_TABLE = "e820_table"
@@ -88,11 +88,13 @@ def _ranges(section: str, a: Facts, b: Facts) -> Iterator[Difference]:
     map_a, map_b = _map(a.ranges[section]), _map(b.ranges[section])
     both = ((low, high, one, map_b) for low, high, one in map_a.runs())
     pieces = ((s, e, one, other) for low, high, one, against in both for s, e, other in against.runs(low, high))
-    for (one, other), group in groupby(pieces, key=lambda piece: piece[2:]):
-        if one.value != other.value:
+    for (one, other), group in groupby(pieces, key=lambda piece: (piece[2].value, piece[3].value)):
+        if one != other:
             run = list(group)
             start, end = run[0][0], run[-1][1]
-            yield Difference(section, f"[{start:#x}, {end:#x}) {size_text(end - start)}", one, other)
+            by_a, by_b = first_of(piece[2].author for piece in run), first_of(piece[3].author for piece in run)
+            where = f"[{start:#x}, {end:#x}) {size_text(end - start)}"
+            yield Difference(section, where, Fact(one, by_a), Fact(other, by_b))
 
 
 def _map(spans: Sequence[Span]) -> RangeMap[Fact]:

@@ -77,8 +77,9 @@ def _read_boot_params(source: str) -> tuple[bytes, Callable[[Row], str] | None]:
 
     found = facts_of(source, until="efi-stub")
     if found.boot_params is None:
-        end = found.fields["boot"]["end"].value
-        raise FormatError(source, found=end, expected="a boot that came through stage efi-stub", source=_SOURCE)
+        end = found.fields.get("boot", {}).get("end")
+        text = end.value if end is not None else "no boot_params"
+        raise FormatError(source, found=text, expected="a boot that came through stage efi-stub", source=_SOURCE)
     return found.boot_params, found.journal.author_of if found.journal is not None else None
 
 

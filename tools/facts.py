@@ -7,7 +7,7 @@ A source is one of: a directory that ``boot --save`` wrote, ``FILE.toml`` with o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,9 +61,8 @@ class Journal:
 
     def author(self, start: int, size: int, up_to: int | None = None) -> str:
         """Who wrote ``size`` bytes at ``start``; the first ones, if they were many."""
-        runs = authors(self.writes, start, min(start + size, TOP), up_to)
-        names = list(dict.fromkeys(write.text for _, _, write in runs if write is not None))
-        return "; ".join(names[:_SHOWN]) + ("; ..." if len(names) > _SHOWN else "")
+        runs = authors(self.writes, min(start, TOP), min(start + size, TOP), up_to)
+        return first_of(write.text for _, _, write in runs if write is not None)
 
     def author_of(self, row: Row) -> str:
         """Who wrote a field of boot_params that the stub left."""
@@ -84,11 +83,17 @@ class Facts:
 _SHOWN = 2
 
 
+def first_of(names: Iterable[str]) -> str:
+    """Two different names at most; dots stand for more."""
+    known = [name for name in dict.fromkeys(names) if name]
+    return "; ".join(known[:_SHOWN]) + ("; ..." if len(known) > _SHOWN else "")
+
+
 def facts_of(source: str, until: str | None = None) -> Facts:
     """The facts of a source; a boot runs up to and with stage ``until``. Raises ``FormatError`` and ``OSError``."""
     if is_boot(source):
         return booted(source, config_of(source), until)
-    if file_path(source).is_dir():
+    if (file_path(source) / FACTS_FILE).exists():
         from tools.saved import read_saved
 
         return read_saved(Path(source))
@@ -196,7 +201,7 @@ def _memory_map(boot: Boot, journal: Journal) -> Iterator[Span]:
 def _bitmap(boot: Boot, journal: Journal) -> Iterator[Span]:
     """RAM by its bits in bitmap or table, as they are at the end; the author is who wrote the bits' bytes last."""
     assert boot.boot_params is not None
-    found = unaccepted_table(boot.physical, boot.system_table) if boot.system_table is not None else None
+    found = unaccepted_table(boot)
     gpa, base, unit, end = RecordCopy(boot.boot_params, BOOT_PARAMS)["unaccepted_memory"], 0, PMD_SIZE, TOP
     if found is not None:
         gpa, base, unit, end = found.bitmap, found.phys_base, found.unit_size, found.described_end
@@ -208,7 +213,9 @@ def _bitmap(boot: Boot, journal: Journal) -> Iterator[Span]:
         pieces += [(low, high, "accepted") for low, high in unaccepted.gaps(start, stop)]
         for low, high, text in sorted(pieces):
             first, last = ((address - base) // unit // BITS_PER_BYTE for address in (low, high - 1))
-            yield Span(low, high, Fact(text, journal.author(gpa + first, last + 1 - first)))
+            for at, behind, write in authors(journal.writes, gpa + first, gpa + last + 1):
+                a, b = (base + (byte - gpa) * BITS_PER_BYTE * unit for byte in (at, behind))
+                yield Span(max(a, low), min(b, high), Fact(text, write.text if write is not None else ""))
 
 
 def facts_json(facts: Facts) -> dict[str, Any]:

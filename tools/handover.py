@@ -123,13 +123,21 @@ def _system_table(memory: PhysicalMemory, gpa: int) -> Iterator[Piece]:
     table = RecordCopy(data, EFI_SYSTEM_TABLE)
     at, count = table["ConfigurationTable"], table["NumberOfTableEntries"]
     yield Piece("configuration tables", at, at + count * EFI_CONFIGURATION_TABLE.sizeof())
-    found = unaccepted_table(memory, data)
+    found = _unaccepted_table(memory, data)
     if found is not None:
         yield Piece("table of unaccepted memory", found.gpa, found.bitmap + found.size)
 
 
-def unaccepted_table(memory: PhysicalMemory, system_table: bytes) -> TableAt | None:
-    """Mainline's table, by the bytes of the system table; None if there is none, or it is not in memory."""
+def unaccepted_table(boot: Boot) -> TableAt | None:
+    """Mainline's table, by the system table as the stub left it, or as it is before the stub is done; else None."""
+    data = boot.system_table
+    if boot.boot_params is None and boot.system_table_gpa:
+        data = peek(boot.physical, boot.system_table_gpa, EFI_SYSTEM_TABLE.sizeof())
+    return _unaccepted_table(boot.physical, data) if data is not None else None
+
+
+def _unaccepted_table(memory: PhysicalMemory, system_table: bytes) -> TableAt | None:
+    """The table in memory, by the bytes of the system table."""
     fields, size = RecordCopy(system_table, EFI_SYSTEM_TABLE), EFI_CONFIGURATION_TABLE.sizeof()
     count = min(fields["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
     data = peek(memory, fields["ConfigurationTable"], count * size) or b""
@@ -144,8 +152,10 @@ def unaccepted_table(memory: PhysicalMemory, system_table: bytes) -> TableAt | N
 
 
 def memory_map_of(boot: Boot) -> list[MemoryDescriptor]:
-    """The EFI memory map as boot_params name it and the stub left it; empty if there is none that can be read."""
-    stride = RecordCopy(boot.boot_params, BOOT_PARAMS)["efi_info.efi_memdesc_size"] if boot.boot_params else 0
+    """The EFI memory map as the stub left it; before it is done, as the firmware has it. Empty if it cannot be read."""
+    if boot.boot_params is None:
+        return boot.firmware_map.descriptors() if boot.firmware_map is not None else []
+    stride = RecordCopy(boot.boot_params, BOOT_PARAMS)["efi_info.efi_memdesc_size"]
     try:
         return unpack_map(boot.memmap, stride, at=0)
     except FormatError:

@@ -33,9 +33,7 @@ class Hole:
 
 
 def hole_lines(boot: Boot) -> list[str]:
-    """A line for each place where ``boot`` has a known hole; none before the boot stub ran."""
-    if boot.boot_params is None:
-        return []
+    """A line for each place where ``boot`` has a known hole, also if the boot died of it."""
     return [f"known hole {h.name}: {found}: {h.text} [{h.source}]" for h in HOLES for found in h.find(boot)]
 
 
@@ -76,7 +74,7 @@ def _overlap(boot: Boot) -> Iterator[str]:
 
 def _above_the_table(boot: Boot) -> Iterator[str]:
     """Unaccepted memory that begins behind the end of a table that the stub did not make for it."""
-    table = unaccepted_table(boot.physical, boot.system_table) if boot.system_table is not None else None
+    table = unaccepted_table(boot)
     if table is None or not table.unit_size:
         return
     for d in _unaccepted(boot):
@@ -84,7 +82,7 @@ def _above_the_table(boot: Boot) -> Iterator[str]:
         if whole is not None and whole[0] > table.described_end:
             yield (
                 f"[{d.start:#x}, {d.end:#x}) lies above the table's end {table.described_end:#x}, "
-                f"[{table.described_end:#x}, {whole[0]:#x}) was accepted with it"
+                f"[{table.described_end:#x}, {whole[0]:#x}) was to be accepted with it"
             )
 
 

@@ -134,6 +134,8 @@ class Boot:
         """Where it left it."""
         self.boot_params_event = 0
         """Number of the event that came next."""
+        self.system_table_gpa = 0
+        """Where the firmware left the EFI system table, once it ran."""
         self.system_table: bytes | None = None
         """The EFI system table as the stub left it; None if boot_params do not name it."""
         self.memmap = b""
@@ -217,6 +219,7 @@ def _firmware(boot: Boot) -> None:
     given_map = None if config.efi_map is None else list(config.efi_map)
     fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, config.machine.name != "pc")
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map)
+    boot.system_table_gpa = boot.machine.regs.rdx
 
 
 def _efi_stub(boot: Boot) -> None:

@@ -15,7 +15,7 @@ from guest.ranges import RangeSet
 from guest.records import RecordCopy
 from guest.units import DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
 from tdx.events import Finding
-from tools.handover import TableAt, unaccepted_table
+from tools.handover import unaccepted_table
 from tools.known_holes import hole_lines
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 def verdict_lines(boot: Boot) -> list[str]:
     """A line for each thing worth knowing: what the sanitizer found, and how the boot stub's record stands."""
-    lines = finding_lines(boot)
+    lines = finding_lines(boot) + hole_lines(boot)
     if boot.boot_params is None:
         return lines
-    lines += hole_lines(boot)
     lost = lost_memory(boot)
     if lost:
         lines.append(f"lost: {lost.total() >> 10} KiB of unaccepted memory are not in the kernel's e820 table")
@@ -74,7 +73,7 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
 
 def bitmap(boot: Boot) -> bytes:
     """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
-    found = _table(boot)
+    found = unaccepted_table(boot)
     return boot.physical.read(found.bitmap, found.size) if found is not None else boot.bitmap()
 
 
@@ -82,7 +81,7 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
-    found = _table(boot)
+    found = unaccepted_table(boot)
     if found is None and not params["unaccepted_memory"]:
         return None
     at, unit, base, described = params["unaccepted_memory"], PMD_SIZE, 0, PHYSICAL_ADDRESS_END
@@ -94,8 +93,3 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
         for first, last in bitmap.runs((start - base) // unit, DIV_ROUND_UP(end - base, unit)):
             unaccepted.add(max(base + first * unit, start), min(base + last * unit, end))
     return unaccepted
-
-
-def _table(boot: Boot) -> TableAt | None:
-    """Mainline's table, if the stub left one."""
-    return unaccepted_table(boot.physical, boot.system_table) if boot.system_table is not None else None
