@@ -269,6 +269,8 @@ def _real_code(boot: Boot) -> RealCode:
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
         boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
         boot.sept.on_revoke.append(boot.real_code.vcpu.forget)
+        if boot.journal is not None:
+            boot.real_code.on_store = boot.journal.record_as
     return boot.real_code
 
 

@@ -190,11 +190,12 @@ class Stepper(cmd.Cmd):
         """who ADDRESS | boot_params[+OFFSET]: who wrote that byte last, before which event."""
         address = self._address(arg)
         ((_, _, write),) = authors(self._boot.keep_journal().writes, address, address + 1)
+        unless = "" if self._boot.real_code is None else ", unless real code did"
         if write is None:
-            self._say(f"{address:#x}: nobody wrote it{', but real code may have' * (self._boot.real_code is not None)}")
+            self._say(f"{address:#x}: nobody wrote it{unless}")
             return False
         records = self._boot.trace.records
-        self._say(f"{address:#x}: {write.text}, [{write.start:#x}, {write.end:#x})")
+        self._say(f"{address:#x}: {write.text}, [{write.start:#x}, {write.end:#x}){unless and unless + ' since'}")
         if write.event < len(records):
             self._say(f"    then {_record_text(records[write.event])}")
         return False

@@ -110,7 +110,7 @@ def test_unaccepted_memory_that_is_listed_twice_passes():
     inside = [MemoryDescriptor(15, 0x21_0000, 1, 0), MemoryDescriptor(15, 0x22_0000, 0x400, 0)]
     check_map([*GOOD, UNACCEPTED, *inside, UNACCEPTED], "map")
     for start in (0x23_0000, 0x40_0000, 0x61_F000):
-        with pytest.raises(FormatError, match="over .* expected no overlap"):
+        with pytest.raises(FormatError, match=r"over .* expected no overlap"):
             check_map([UNACCEPTED, *inside, MemoryDescriptor(7, start, 1, 0)], "map")
 
 

@@ -98,6 +98,17 @@ def test_journal_costs_nothing_of_the_boot():
         assert all(any(w.start <= s and e <= w.end for w in journal.writes) for _, s, e in kept.machine.memory.writes)
 
 
+def test_real_code(blamed, file, debian_kernel):
+    """Of a real stub's fields the author is the address of the instruction; bytes of ours keep our names."""
+    config = file("real.toml", f'kernel = "{debian_kernel}"\nrun = "stub"\n')
+    found = blamed(config)
+    places = {name: int(found[name].split(" at ")[1].split()[0], 16) for name in (*FIELDS, "efi_info.efi_memmap")}
+    places.pop("unaccepted_memory")  # that of the cleared page
+    assert all(found[name].startswith("efi-stub real code at 0x") for name in found)
+    assert len({places[name] for name in ("efi_info.efi_memmap", "efi_info.efi_memmap_size", "e820_entries")}) == 3
+    assert max(places.values()) - min(places.values()) < 1 << 20
+
+
 @pytest.fixture
 def asked(command, file):
     """``asked(question, stages)``: the answer of ``who`` after so many stages."""
