@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tools.pipeline import Boot, BootConfig
 
 BOOT_PARAMS_FILE, FACTS_FILE, JOURNAL_FILE = "boot_params.bin", "facts.json", "journal.jsonl"
+_SHOWN = 2
 
 
 class Fact(NamedTuple):
@@ -78,9 +79,6 @@ class Facts:
     journal: Journal | None = None
     fields: Mapping[str, Mapping[str, Fact]] = field(default_factory=dict)
     ranges: Mapping[str, Sequence[Span]] = field(default_factory=dict)
-
-
-_SHOWN = 2
 
 
 def first_of(names: Iterable[str]) -> str:
@@ -213,9 +211,10 @@ def _bitmap(boot: Boot, journal: Journal) -> Iterator[Span]:
         pieces += [(low, high, "accepted") for low, high in unaccepted.gaps(start, stop)]
         for low, high, text in sorted(pieces):
             first, last = ((address - base) // unit // BITS_PER_BYTE for address in (low, high - 1))
-            for at, behind, write in authors(journal.writes, gpa + first, gpa + last + 1):
-                a, b = (base + (byte - gpa) * BITS_PER_BYTE * unit for byte in (at, behind))
-                yield Span(max(a, low), min(b, high), Fact(text, write.text if write is not None else ""))
+            for *ends, write in authors(journal.writes, gpa + first, gpa + last + 1):
+                start_of_bits, end_of_bits = (base + (byte - gpa) * BITS_PER_BYTE * unit for byte in ends)
+                fact = Fact(text, write.text if write is not None else "")
+                yield Span(max(start_of_bits, low), min(end_of_bits, high), fact)
 
 
 def facts_json(facts: Facts) -> dict[str, Any]:

@@ -140,15 +140,19 @@ def _unaccepted_table(memory: PhysicalMemory, system_table: bytes) -> TableAt | 
     """The table in memory, by the bytes of the system table."""
     fields, size = RecordCopy(system_table, EFI_SYSTEM_TABLE), EFI_CONFIGURATION_TABLE.sizeof()
     count = min(fields["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
-    data = peek(memory, fields["ConfigurationTable"], count * size) or b""
-    for entry in (data[start : start + size] for start in range(0, len(data), size)):
-        if entry[:16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
-            gpa, header_size = int.from_bytes(entry[16:], "little"), EFI_UNACCEPTED_MEMORY.sizeof()
-            data = peek(memory, gpa, header_size) or b""
-            header = RecordCopy(data, EFI_UNACCEPTED_MEMORY)
-            size, unit_size, phys_base = header["size"], header["unit_size"], header["phys_base"]
-            return TableAt(gpa, gpa + header_size, size, unit_size, phys_base) if data else None
+    tables = peek(memory, fields["ConfigurationTable"], count * size) or b""
+    for at in range(0, len(tables), size):
+        if tables[at : at + 16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
+            return _table_at(memory, int.from_bytes(tables[at + 16 : at + size], "little"))
     return None
+
+
+def _table_at(memory: PhysicalMemory, gpa: int) -> TableAt | None:
+    data = peek(memory, gpa, EFI_UNACCEPTED_MEMORY.sizeof())
+    if data is None:
+        return None
+    header = RecordCopy(data, EFI_UNACCEPTED_MEMORY)
+    return TableAt(gpa, gpa + len(data), header["size"], header["unit_size"], header["phys_base"])
 
 
 def memory_map_of(boot: Boot) -> list[MemoryDescriptor]:
