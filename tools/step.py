@@ -11,8 +11,10 @@ import re
 import sys
 from dataclasses import dataclass
 
+from bootstub.boot_params import BOOT_PARAMS
 from guest.errors import BootError, FormatError
 from guest.ranges import Range, RangeSet
+from guest.records import field_extents
 from guest.trace import Event, Record, StageBegin
 from guest.units import PHYSICAL_ADDRESS_END, size_text
 from guest.write_journal import authors
@@ -187,7 +189,7 @@ class Stepper(cmd.Cmd):
         return False
 
     def do_who(self, arg: str) -> bool:
-        """who ADDRESS | boot_params[+OFFSET]: who wrote that byte last, before which event."""
+        """who ADDRESS | boot_params[+OFFSET] | boot_params.FIELD: who wrote that byte last, before which event."""
         address = self._address(arg)
         ((_, _, write),) = authors(self._boot.keep_journal().writes, address, address + 1)
         unless = "" if self._boot.real_code is None else ", unless real code did"
@@ -246,16 +248,18 @@ class Stepper(cmd.Cmd):
     # Inside
 
     def _address(self, arg: str) -> int:
-        """An address as it was typed: a number, or an offset from boot_params."""
+        """An address as it was typed: a number, or a field or an offset of boot_params."""
         base, text = 0, arg
         if arg.startswith("boot_params") and self._boot.boot_params is not None:
             base, text = self._boot.boot_params_gpa, arg.removeprefix("boot_params").removeprefix("+") or "0"
+            offset, _ = field_extents(BOOT_PARAMS).get(text.removeprefix("."), (None, 0))
+            text = text if offset is None else str(offset)
         try:
             address = base + int(text, 0)
         except ValueError:
             address = -1
         if not 0 <= address < PHYSICAL_ADDRESS_END:
-            expected = "ADDRESS, or boot_params[+OFFSET] once the stub ran"
+            expected = "ADDRESS, boot_params[+OFFSET] or boot_params.FIELD once the stub ran"
             raise FormatError("who", found=repr(arg[:_SHOWN_CHARACTERS]), expected=expected, source=_SOURCE)
         return address
 

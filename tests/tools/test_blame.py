@@ -127,6 +127,7 @@ def test_who(asked):
     number = line.split("#")[1].split(",")[0]
     assert event.strip().startswith(f"then #{number} efi-stub")
     assert "unaccepted memory bitmap at" in event
+    assert asked("boot_params.unaccepted_memory", 3)[-2:] == [line, event]
 
 
 def test_who_of_other_memory(asked):
@@ -136,7 +137,7 @@ def test_who_of_other_memory(asked):
     assert asked("0x17fe00000", 3)[-1].endswith("nobody wrote it")
 
 
-@pytest.mark.parametrize("question", ["", "nowhere", "boot_params+0x78", "-1", "0x10000000000000"])
+@pytest.mark.parametrize("question", ["", "nowhere", "boot_params+0x78", "boot_params.hdr", "-1", "0x10000000000000"])
 def test_who_of_nothing(asked, question):
     """An address that is none is refused, and boot_params before there are any."""
     assert asked(question, 1)[-1].startswith("unaccepted: error: who: found ")

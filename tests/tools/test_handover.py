@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bootstub.boot_params import BOOT_PARAMS
 from bootstub.protocol import PROTOCOLS
@@ -16,7 +18,7 @@ from guest.records import GuestRecord
 from guest.units import SZ_4G
 from tdx.events import Finding
 from tdx.sanitizer import AcceptanceRule
-from tools.handover import handover
+from tools.handover import check_handover, handover
 from tools.pipeline import STAGES, Boot, BootConfig
 
 KERNEL = sample_bzimage()
@@ -157,6 +159,37 @@ def test_a_sound_boot_hands_over_what_can_be_read(protocol):
         "boot_params", "entry point", "command line", "initrd", "EFI memory map", "system table",
         "configuration tables", record,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def handed_over() -> Boot:
+    return broken(lambda boot: None)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([
+            "hdr.setup_data", "hdr.ramdisk_image", "ext_ramdisk_image", "hdr.ramdisk_size", "ext_ramdisk_size",
+            "hdr.cmd_line_ptr", "ext_cmd_line_ptr", "unaccepted_memory", "efi_info.efi_systab",
+            "efi_info.efi_systab_hi", "efi_info.efi_memmap", "efi_info.efi_memmap_hi", "efi_info.efi_memmap_size",
+        ]),
+        st.integers(0, (1 << 32) - 1) | st.sampled_from([0, 1, 1 << 19, 1 << 20, 0x7D80_0000, 0xFFFF_FFFF]),
+    ),
+    st.none() | st.binary(min_size=16, max_size=16),
+)  # fmt: skip
+def test_hostile_boot_params(handed_over, changes, table):
+    """Whatever the pointers are, and whatever the system table says, there is a finding or there is none."""
+    boot = handed_over
+    page = boot.machine.memory.read(boot.machine.regs.rsi, 4096)
+    at = system_table(boot).gpa + EFI_SYSTEM_TABLE.sizeof() - 16
+    counts = boot.machine.memory.read(at, 16)
+    if table is not None:
+        boot.machine.memory.write(at, table)
+    for name, value in changes.items():
+        params(boot)[name] = value
+    check_handover(boot)
+    boot.machine.memory.write(boot.machine.regs.rsi, page)
+    boot.machine.memory.write(at, counts)
 
 
 def test_no_sanitizer_no_finding():
