@@ -31,7 +31,7 @@ from guest.ranges import Range, RangeSet
 from guest.records import RecordCopy
 from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G, SZ_64M
 from guest.write_journal import WriteJournal
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
@@ -46,6 +46,7 @@ from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host
 from tools.border import check_border
+from tools.handover import peek
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -230,12 +231,14 @@ def _efi_stub(boot: Boot) -> None:
 def _keep_what_the_stub_left(boot: Boot) -> None:
     """Copies of boot_params, the EFI memory map and the system table, whose pointers become virtual addresses."""
     boot.boot_params_gpa, boot.boot_params_event = boot.machine.regs.rsi, boot.trace.count
-    boot.boot_params = boot.physical.read(boot.boot_params_gpa, BOOT_PARAMS_SIZE)
+    boot.boot_params = peek(boot.physical, boot.boot_params_gpa, BOOT_PARAMS_SIZE)
+    if boot.boot_params is None:
+        return  # the kernel will find out
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
     at = params["efi_info.efi_memmap_hi"] << 32 | params["efi_info.efi_memmap"]
-    boot.memmap = boot.physical.read(at, params["efi_info.efi_memmap_size"])
+    boot.memmap = peek(boot.physical, at, min(params["efi_info.efi_memmap_size"], SZ_64M)) or b""
     at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
-    boot.system_table = boot.physical.read(at, EFI_SYSTEM_TABLE.sizeof()) if at else None
+    boot.system_table = peek(boot.physical, at, EFI_SYSTEM_TABLE.sizeof()) if at else None
 
 
 def _decompress(boot: Boot) -> None:
