@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from types import CodeType
 from typing import NamedTuple
 
-from guest.ranges import RangeMap
+from guest.ranges import TOP, RangeMap
 from guest.trace import Trace
 
 _OWN_PACKAGE = "guest."
@@ -82,8 +82,9 @@ def authors(
 ) -> Iterator[tuple[int, int, Write | None]]:
     """Runs ``(start, end, write)`` of ``[start, end)`` with what each was written by last; None: by nobody.
 
-    Writes behind event number ``up_to`` do not count.
+    Writes behind event number ``up_to`` do not count. The end is cut at 2^64.
     """
+    start, end = min(start, TOP), min(end, TOP)
     last: RangeMap[Write | None] = RangeMap(None)
     for write in writes:
         if write.start < end and start < write.end and (up_to is None or write.event <= up_to):

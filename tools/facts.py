@@ -62,7 +62,7 @@ class Journal:
 
     def author(self, start: int, size: int, up_to: int | None = None) -> str:
         """Who wrote ``size`` bytes at ``start``; the first ones, if they were many."""
-        runs = authors(self.writes, min(start, TOP), min(start + size, TOP), up_to)
+        runs = authors(self.writes, start, start + size, up_to)
         return first_of(write.text for _, _, write in runs if write is not None)
 
     def author_of(self, row: Row) -> str:

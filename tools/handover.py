@@ -71,11 +71,14 @@ def check_handover(boot: Boot) -> None:
 
 def _check(boot: Boot, piece: Piece) -> None:
     sanitizer, ram, end = boot.sanitizer, boot.host.ram, min(piece.end, TOP)
+    start = min(piece.start, end)
     assert sanitizer is not None
-    for low, high in ram.gaps(min(piece.start, end), end):
+    if ram.covers(start, end) and sanitizer.accepted.covers(start, end):
+        return
+    for low, high in ram.gaps(start, end):
         sanitizer.report(AcceptanceRule.HANDOVER_NO_RAM, low, high, f"{piece.name}, no RAM", "accepted RAM")
-    for start, stop in ram.within(min(piece.start, end), end):
-        for low, high in sanitizer.accepted.gaps(start, stop):
+    for part in ram.within(start, end):
+        for low, high in sanitizer.accepted.gaps(part.start, part.end):
             sanitizer.report(AcceptanceRule.HANDOVER, low, high, f"{piece.name}, not accepted", "accepted RAM")
 
 

@@ -195,7 +195,7 @@ class Boot:
         """The unaccepted memory bitmap as it is now, up to the end of RAM; empty if there is none."""
         at = RecordCopy(self.boot_params, BOOT_PARAMS)["unaccepted_memory"] if self.boot_params else 0
         end = max((part.end for part in self.host.ram), default=0)
-        return self.physical.read(at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) if at else b""
+        return peek(self.physical, at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) or b"" if at else b""
 
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:

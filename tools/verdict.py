@@ -13,13 +13,16 @@ from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
 from guest.bitmap import GuestBitmap
 from guest.ranges import RangeSet
 from guest.records import RecordCopy
-from guest.units import DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_1G
 from tdx.events import Finding
-from tools.handover import unaccepted_table
+from tools.handover import peek, unaccepted_table
 from tools.known_holes import hole_lines
 
 if TYPE_CHECKING:
     from tools.pipeline import Boot
+
+_MAX_BITMAP = SZ_1G
+"""Bytes that are read at most: four times what describes 4 PiB."""
 
 
 def verdict_lines(boot: Boot) -> list[str]:
@@ -74,7 +77,9 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
 def bitmap(boot: Boot) -> bytes:
     """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
     found = unaccepted_table(boot)
-    return boot.physical.read(found.bitmap, found.size) if found is not None else boot.bitmap()
+    if found is None:
+        return boot.bitmap()
+    return peek(boot.physical, found.bitmap, min(found.size, _MAX_BITMAP)) or b""
 
 
 def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
@@ -87,6 +92,8 @@ def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     at, unit, base, described = params["unaccepted_memory"], PMD_SIZE, 0, PHYSICAL_ADDRESS_END
     if found is not None:
         at, unit, base, described = found.bitmap, found.unit_size, found.phys_base, found.described_end
+    room = max(PHYSICAL_ADDRESS_END - at, 0)
+    described = min(described, base + room * BITS_PER_BYTE * unit)
     bitmap = GuestBitmap(boot.physical, at)
     unaccepted = RangeSet()
     for start, end in boot.host.ram.within(base, described):

@@ -18,8 +18,11 @@ from guest.records import GuestRecord
 from guest.units import SZ_4G
 from tdx.events import Finding
 from tdx.sanitizer import AcceptanceRule
+from tools.border import check_border
+from tools.facts import take
 from tools.handover import check_handover, handover
 from tools.pipeline import STAGES, Boot, BootConfig
+from tools.verdict import bitmap, verdict_lines
 
 KERNEL = sample_bzimage()
 NOWHERE = 1 << 45
@@ -190,6 +193,20 @@ def test_hostile_boot_params(handed_over, changes, table):
     check_handover(boot)
     boot.machine.memory.write(boot.machine.regs.rsi, page)
     boot.machine.memory.write(at, counts)
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"\x0f"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_page_of_nonsense(protocol, value):
+    """A stub that leaves a page of equal bytes: all that looks at it afterwards has something to say."""
+    boot = broken(lambda boot: None, protocol=PROTOCOLS[protocol])
+    boot.boot_params = value * 488 + b"\0" + value * 103 + bytes(8) + value * 3496
+    boot.system_table = value * EFI_SYSTEM_TABLE.sizeof()
+    boot.memmap = value * 100
+    check_border(boot)
+    assert verdict_lines(boot)
+    assert bitmap(boot) == b""
+    assert take("nonsense", boot, None).boot_params == boot.boot_params
 
 
 def test_no_sanitizer_no_finding():
