@@ -37,7 +37,7 @@ def _overlaps(platform: PlatformMap) -> Iterator[str]:
     for high in ordered:
         if low is not None and low.end > high.start:
             both = low.type == high.type == EfiMemoryType.EfiUnacceptedMemoryType
-            effect = "the stub will accept it twice" if both else "a boot refuses such a map"
+            effect = "of this, what the stub accepts at once is accepted twice" if both else "a boot refuses such a map"
             yield f"overlap: {_text(high)} and {_text(low)}; {effect}"
         if low is None or high.end > low.end:
             low = high
