@@ -114,7 +114,7 @@ def _text(a: Facts, b: Facts, found: Iterable[Difference]) -> Iterator[str]:
             count += 1
             yield f"  {d.where}"
             yield from (f"    {side} {fact.value}{_by(fact)}" for side, fact in (("A", d.a), ("B", d.b)))
-    yield f"{count} differences" if count else "equal"
+    yield f"{count} difference{'s' * (count > 1)}" if count else "equal"
 
 
 def _by(fact: Fact) -> str:
