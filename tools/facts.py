@@ -53,7 +53,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Journal:
+class BootJournal:
     """The writes of a boot; its boot_params lay at ``gpa`` before event ``event``, when they were copied."""
 
     writes: tuple[Write, ...]
@@ -76,7 +76,7 @@ class Facts:
 
     name: str
     boot_params: bytes | None
-    journal: Journal | None = None
+    journal: BootJournal | None = None
     fields: Mapping[str, Mapping[str, Fact]] = field(default_factory=dict)
     ranges: Mapping[str, Sequence[Span]] = field(default_factory=dict)
 
@@ -132,12 +132,12 @@ def take(name: str, boot: Boot, end: str | None) -> Facts:
     """The facts of a boot that ``end`` put an end to, if something did."""
     journal = None
     if boot.journal is not None:
-        journal = Journal(tuple(boot.journal.writes), boot.boot_params_gpa, boot.boot_params_event)
+        journal = BootJournal(tuple(boot.journal.writes), boot.boot_params_gpa, boot.boot_params_event)
     came_to = end if end is not None else f"stage {boot.done[-1]} done"
     fields = {"boot": {"end": Fact(came_to, "")}, "stages": dict(_stage_fields(boot))}
     if boot.boot_params is None:
         return Facts(name, None, journal, fields)
-    known = journal or Journal(())
+    known = journal or BootJournal(())
     ranges = {
         "e820": [*_e820(boot.boot_params, known), *_e820_ext(boot, known)],
         "EFI memory map": list(_memory_map(boot, known)),
@@ -155,7 +155,7 @@ def _stage_fields(boot: Boot) -> Iterator[tuple[str, Fact]]:
                 yield f"{stage['stage']}.{name}", Fact(str(value), "")
 
 
-def _command_line(boot: Boot, journal: Journal) -> dict[str, Fact]:
+def _command_line(boot: Boot, journal: BootJournal) -> dict[str, Fact]:
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
     at = params["ext_cmd_line_ptr"] << 32 | params["hdr.cmd_line_ptr"]
@@ -164,12 +164,12 @@ def _command_line(boot: Boot, journal: Journal) -> dict[str, Fact]:
     return {"text": Fact(line.decode("utf-8", errors="replace"), author)}
 
 
-def _e820(data: bytes, journal: Journal = Journal(())) -> Iterator[Span]:  # it is frozen
+def _e820(data: bytes, journal: BootJournal = BootJournal(())) -> Iterator[Span]:  # it is frozen
     start, _ = field_extents(BOOT_PARAMS)["e820_table"]
     yield from _entries(data[start:], len(e820_table_of(data)), journal, journal.gpa + start)
 
 
-def _e820_ext(boot: Boot, journal: Journal) -> Iterator[Span]:
+def _e820_ext(boot: Boot, journal: BootJournal) -> Iterator[Span]:
     assert boot.boot_params is not None
     head = RecordCopy(boot.boot_params, BOOT_PARAMS)["hdr.setup_data"]
     for node in walk_setup_data(boot.physical.read, head):
@@ -178,14 +178,14 @@ def _e820_ext(boot: Boot, journal: Journal) -> Iterator[Span]:
             yield from _entries(data, len(data) // BOOT_E820_ENTRY.sizeof(), journal, node.data_gpa)
 
 
-def _entries(data: bytes, count: int, journal: Journal, gpa: int) -> Iterator[Span]:
+def _entries(data: bytes, count: int, journal: BootJournal, gpa: int) -> Iterator[Span]:
     size = BOOT_E820_ENTRY.sizeof()
     for number, entry in enumerate(parse_e820_table(data[: count * size])):
         fact = Fact(type_word(entry.type), journal.author(gpa + number * size, size, journal.event or None))
         yield Span(entry.addr, min(entry.addr + entry.size, TOP), fact)
 
 
-def _memory_map(boot: Boot, journal: Journal) -> Iterator[Span]:
+def _memory_map(boot: Boot, journal: BootJournal) -> Iterator[Span]:
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
     at = params["efi_info.efi_memmap_hi"] << 32 | params["efi_info.efi_memmap"]
@@ -196,7 +196,7 @@ def _memory_map(boot: Boot, journal: Journal) -> Iterator[Span]:
             yield Span(d.start, d.end, Fact(f"{efi_type_name(d.type)}, attribute {d.attribute:#x}", author))
 
 
-def _bitmap(boot: Boot, journal: Journal) -> Iterator[Span]:
+def _bitmap(boot: Boot, journal: BootJournal) -> Iterator[Span]:
     """RAM by its bits in bitmap or table, as they are at the end; the author is who wrote the bits' bytes last."""
     assert boot.boot_params is not None
     found = unaccepted_table(boot)

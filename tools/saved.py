@@ -17,7 +17,7 @@ from guest.errors import FormatError
 from guest.ranges import TOP
 from guest.write_journal import Write
 from tools.config import read_file
-from tools.facts import BOOT_PARAMS_FILE, FACTS_FILE, JOURNAL_FILE, Fact, Facts, Journal, Span, facts_json
+from tools.facts import BOOT_PARAMS_FILE, FACTS_FILE, JOURNAL_FILE, BootJournal, Fact, Facts, Span, facts_json
 from tools.render import json_text
 
 _SOURCE = "unaccepted boot --help, --save"
@@ -61,7 +61,7 @@ def read_saved(directory: Path) -> Facts:
     return Facts(str(directory), data, read_journal(directory / JOURNAL_FILE), fields, ranges)
 
 
-def read_journal(path: Path) -> Journal | None:
+def read_journal(path: Path) -> BootJournal | None:
     """The journal in a file; None if there is no such file."""
     if not path.exists():
         return None
@@ -69,7 +69,7 @@ def read_journal(path: Path) -> Journal | None:
     header = _parse(f"{path}, line 1", lines[0] if lines else b"")
     _check(isinstance(header, dict) and header.get("schema") == 1, f"{path}, line 1", "something else", "schema 1")
     gpa, event = _address(path, header.get("boot_params")), _event(path, header.get("event"))
-    return Journal(tuple(_writes(path, lines)), gpa, event)
+    return BootJournal(tuple(_writes(path, lines)), gpa, event)
 
 
 def _writes(path: Path, lines: list[bytes]) -> Iterator[Write]:
