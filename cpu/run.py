@@ -18,6 +18,7 @@ from cpu.counter import self_test as counter_self_test
 from cpu.devices import Devices
 from cpu.exits import NO_VE, VeConfig
 from cpu.fill import Fills
+from cpu.stores import OnStore, watched_stores
 from cpu.vcpu import Vcpu
 from firmware.efi_types import EfiStatus
 from firmware.pe import parse_pe
@@ -81,6 +82,8 @@ class RealCode:
         self.unpacked_for: tuple[int, int] | None = None
         """Physical and virtual address that the image was about to unpack the kernel for."""
         self.fills: Fills | None = None
+        self.on_store: OnStore | None = None
+        """Called with each store of stub and decompressor, if somebody wants to know."""
         self._boot_params: int | None = None
         self._entry: int | None = None
 
@@ -147,7 +150,8 @@ class RealCode:
         """Run the image at ``base`` up to the kernel's entry point, which the unpacking function gives away."""
         self._break_at_unpacking(base, answer)
         self.vcpu.start(self._machine.regs)
-        self._run()
+        with watched_stores(self.vcpu, self.on_store):
+            self._run()
         if self._entry is None or self._machine.regs.rip != self._entry:
             raise self._machine.panic(f"halted at {self._machine.regs.rip:#x}")
         self._machine.note(f"kernel entered at {self._entry:#x} after {self.counter.count} instructions")

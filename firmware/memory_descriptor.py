@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import construct as c
 
@@ -95,15 +94,21 @@ def check_descriptors(descriptors: Sequence[MemoryDescriptor], name: str) -> Non
 def check_map(descriptors: Sequence[MemoryDescriptor], name: str) -> None:
     """Refuse a map that a firmware cannot have: :func:`check_descriptors`, or two descriptors for one page.
 
+    Two of unaccepted memory may share pages: a firmware that lists memory twice goes unnoticed until it is accepted.
     Raises ``FormatError`` that names the descriptor by its number in ``name``, or both that overlap.
     """
     check_descriptors(descriptors, name)
-    ordered = sorted(enumerate(descriptors), key=lambda item: item[1].start)
-    for (low_number, low), (high_number, high) in pairwise(ordered):
-        if low.end > high.start:
+    last: dict[bool, tuple[int, MemoryDescriptor]] = {}  # the one that ends last, by whether it is unaccepted
+    for high_number, high in sorted(enumerate(descriptors), key=lambda item: item[1].start):
+        unaccepted = high.type == EfiMemoryType.EfiUnacceptedMemoryType
+        for low_unaccepted, (low_number, low) in last.items():
+            if low.end <= high.start or (unaccepted and low_unaccepted):
+                continue
             found = f"[{high.start:#x}, {high.end:#x}) over [{low.start:#x}, {low.end:#x}) of descriptor {low_number}"
             where = f"{name}: descriptor {high_number}"
             raise FormatError(where, at=high.start, found=found, expected="no overlap", source=_SOURCE)
+        if unaccepted not in last or last[unaccepted][1].end < high.end:
+            last[unaccepted] = high_number, high
 
 
 RAM_TYPES = frozenset(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 from guest.trace import Trace
@@ -30,6 +30,8 @@ class PhysicalMemory:
 
     def __init__(self) -> None:
         self._windows: dict[int, mmap.mmap] = {}
+        self.on_write: Callable[[int, int], None] | None = None
+        """Called with start and end before bytes change, whoever changes them: for a journal of writes."""
 
     def read(self, gpa: int, size: int) -> bytes:
         """The ``size`` bytes at ``gpa``."""
@@ -41,6 +43,8 @@ class PhysicalMemory:
 
     def write(self, gpa: int, data: bytes | memoryview) -> None:
         """Store ``data`` at ``gpa``."""
+        if self.on_write is not None:
+            self.on_write(gpa, gpa + len(data))
         at = 0
         for start, end in self.pieces(gpa, gpa + len(data)):
             self._window(start)[start % WINDOW_SIZE : (end - 1) % WINDOW_SIZE + 1] = data[at : at + end - start]
@@ -56,11 +60,15 @@ class PhysicalMemory:
         return memoryview(self._window(gpa))[offset : offset + size]
 
     def views(self, start: int, end: int, kind: AccessKind = "read") -> Iterator[tuple[int, memoryview]]:
-        """The bytes of ``[start, end)`` themselves, as ``(address, bytes)`` pieces."""
+        """The bytes of ``[start, end)`` themselves, as ``(address, bytes)`` pieces; to change them ask for "write"."""
+        if self.on_write is not None and kind == "write":
+            self.on_write(start, end)
         return ((low, self.view(low, high - low)) for low, high in self.pieces(start, end))
 
     def clear(self, start: int, end: int) -> None:
         """Make ``[start, end)`` read as zero; whole pages are given back, not written."""
+        if self.on_write is not None:
+            self.on_write(start, end)
         index = start // WINDOW_SIZE
         if index not in self._windows and 0 <= start < end <= min((index + 1) * WINDOW_SIZE, PHYSICAL_ADDRESS_END):
             return
@@ -160,7 +168,7 @@ class GuestMemory:
         self._admit(start, end - start, kind)
         if kind == "write":
             self.writes.append((self._trace.count, start, end))
-        yield from self._physical.views(start, end)
+        yield from self._physical.views(start, end, kind)
 
     def _admit(self, gpa: int, size: int, kind: AccessKind) -> None:
         if not self._low <= gpa <= gpa + size <= self._high:

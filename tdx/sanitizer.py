@@ -38,6 +38,10 @@ class AcceptanceRule(StrEnum):
     """A page that the guest never accepted. One that the host took away is no fault of the guest's."""
     BIT_CLEAR = "bitmap says accepted, memory never was"
     BIT_SET = "bitmap says unaccepted, memory was accepted"
+    HANDOVER = "handover in unaccepted memory"
+    """A stage leaves there what the next one will read."""
+    HANDOVER_NO_RAM = "handover outside RAM"
+    HANDOVER_BROKEN = "handover that cannot be followed"
 
 
 class Sanitizer:

@@ -78,6 +78,7 @@ class Host:
         if status != TDX_SUCCESS:
             raise ValueError(f"TDH.MEM.PAGE.ADD at {gpa + done * PAGE_SIZE:#x}: {status_name(status)}")
         self.physical.write(gpa, data)
+        self.physical.clear(gpa + len(data), gpa + size)
         self.seam.measure(gpa, gpa + size, data if extend else None)
         self.trace.add(PageAdd(gpa, gpa + size, what))
 

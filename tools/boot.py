@@ -32,12 +32,14 @@ from tools.report import summarize
 from tools.until import add_until_option, resolve_until
 from tools.verdict import bitmap, verdict_lines
 
+_SAVED = "write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl, facts.json, journal.jsonl (who wrote what)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_options(parser)
     add_until_option(parser)
-    parser.add_argument("--save", metavar="DIR", help="write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl")
+    parser.add_argument("--save", metavar="DIR", help=_SAVED)
     add_json_option(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw accepted memory over virtual time: .svg or .png")
     add_symbols_option(parser)
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     boot = Boot(config)
     save = _directory(args.save) if args.save else None
+    if save is not None:
+        boot.keep_journal()
     start = time.perf_counter()
     end: BootError | KeyboardInterrupt | None = None
     try:
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timing:
         print(f"boot: {elapsed * 1000:.1f} ms on this machine", file=sys.stderr if args.json else sys.stdout)
     if save is not None:
-        _save(boot, save)
+        _save(boot, save, _end_text(end))
     if args.plot is not None:
         from tools.plot import plot
 
@@ -132,8 +136,13 @@ def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, An
         "milestones": milestones_json(milestones(boot.trace.records, boot.host.ram)),
         "log": log_lines(boot.trace.records),
         "verdict": verdict_lines(boot),
-        "error": "interrupted" if isinstance(end, KeyboardInterrupt) else str(end) if end is not None else None,
+        "error": _end_text(end),
     }
+
+
+def _end_text(end: BootError | KeyboardInterrupt | None) -> str | None:
+    """What ended the boot before its end."""
+    return "interrupted" if isinstance(end, KeyboardInterrupt) else str(end) if end is not None else None
 
 
 def _directory(path: str) -> Path:
@@ -143,8 +152,11 @@ def _directory(path: str) -> Path:
     return directory
 
 
-def _save(boot: Boot, directory: Path) -> None:
+def _save(boot: Boot, directory: Path, end: str | None) -> None:
     """Write what the boot left behind; what it did not reach is left out."""
+    from tools.facts import take
+    from tools.saved import write_saved
+
     if boot.boot_params is not None:
         from tools.dump_boot_params import dmesg_lines
 
@@ -154,6 +166,7 @@ def _save(boot: Boot, directory: Path) -> None:
     with (directory / "trace.jsonl").open("w") as file:
         for record in boot.trace.records:
             file.write(json_text(record_json(record), "short") + "\n")
+    write_saved(take(str(directory), boot, end), directory)
 
 
 if __name__ == "__main__":

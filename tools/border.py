@@ -1,4 +1,5 @@
-"""The sanitizer's rule for stage borders: the guest's record of unaccepted memory is true whenever a stage is done.
+"""The sanitizer's rules for stage borders: the guest's record of unaccepted memory is true whenever a stage is done,
+and what it hands over can be read.
 
 The bitmap is compared with what the guest ever accepted, not with Secure EPT as it is now: a page that the host took
 away is the host's doing. Memory that is no RAM in the kernel's e820 table is lost, and no bit has to say so; what the
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from guest.ranges import RangeSet
 from tdx.sanitizer import AcceptanceRule
+from tools.handover import check_handover
 from tools.verdict import lost_memory, unaccepted_by_bitmap
 
 if TYPE_CHECKING:
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def check_border(boot: Boot) -> None:
-    """Report where bitmap and accepted memory disagree now; nothing before the boot stub made the bitmap."""
+    """Report where bitmap and accepted memory disagree now, and what is handed over and cannot be read.
+
+    There is nothing to compare before the boot stub made the bitmap.
+    """
     if boot.sanitizer is None:
         return
     boot.sanitizer.catch_up()
@@ -33,6 +38,7 @@ def check_border(boot: Boot) -> None:
     stopped_within = boot.config.until is not None or boot.config.timeout is not None
     for start, end in () if stopped_within else _without(by_bitmap, unaccepted):
         boot.sanitizer.report(AcceptanceRule.BIT_SET, start, end, "bit set, accepted", "bit clear")
+    check_handover(boot)
 
 
 def _without(ranges: RangeSet, others: RangeSet) -> RangeSet:

@@ -19,6 +19,7 @@ VERBS = {
     "boot": "boot a guest through every stage; print its log and a table of stages",
     "step": "boot a guest stage by stage, or to an event, and look at it",
     "dump": "show a structure: boot-params, tdvf, hob, acpi, kernel",
+    "diff": "compare two boots, and say who wrote what differs",
     "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
     "kaslr": "where KASLR puts the kernel, over many seeds; how much of that is unaccepted?",
     "map": "show, convert and compare memory maps",

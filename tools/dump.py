@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bootstub.boot_params import BOOT_PARAMS_SIZE, check_size
+from guest.errors import FormatError
 from tools.cli import script
-from tools.config import read_file
-from tools.dump_boot_params import dmesg_lines, rows, text_lines, to_json
+from tools.config import file_path, read_file
+from tools.dump_boot_params import Row, dmesg_lines, rows, text_lines, to_json
 from tools.render import add_json_option, hex_dump, json_text
 
+_SOURCE = "unaccepted dump boot-params --help"
 LIVE_BOOT_PARAMS = "/sys/kernel/boot_params/data"
 
 
@@ -21,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     structures = parser.add_subparsers(dest="structure", metavar="STRUCTURE", required=True)
     boot_params = structures.add_parser("boot-params", help="the zero page, 4096 bytes")
     source = boot_params.add_mutually_exclusive_group(required=True)
-    source.add_argument("file", metavar="FILE", nargs="?", help="a file, or - for standard input")
+    text = "a file, - for standard input, a directory of `boot --save`, td:4G[,MACHINE], or a boot's FILE.toml"
+    source.add_argument("file", metavar="SOURCE", nargs="?", help=text)
     source.add_argument("--live", action="store_true", help=f"the running machine's own, {LIVE_BOOT_PARAMS}")
     form = _add_forms(boot_params)
     form.add_argument("--dmesg", action="store_true", help="print the BIOS-e820 lines as the kernel will print them")
+    boot_params.add_argument("--blame", action="store_true", help="say of each field who wrote it, of a boot")
+    boot_params.set_defaults(usage_error=boot_params.error)
     tdvf = structures.add_parser("tdvf", help="TDX and SEV metadata of a firmware image, and its MRTD")
     tdvf.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
     _add_forms(tdvf)
@@ -58,11 +63,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _boot_params(args: argparse.Namespace) -> Iterable[str]:
-    data = _read(LIVE_BOOT_PARAMS if args.live else args.file)
+    if args.blame and (args.hex or args.dmesg):
+        args.usage_error("--blame: not with --hex and --dmesg")
+    data, author_of = _read_boot_params(LIVE_BOOT_PARAMS if args.live else args.file)
+    if not args.blame:
+        author_of = None
+    elif author_of is None:
+        raise FormatError("--blame", found="no journal", expected="a boot, or what it saved", source=_SOURCE)
     check_size(data)
     if args.json:
-        return [json_text(to_json(data), args.json)]
-    return hex_dump(data) if args.hex else dmesg_lines(data) if args.dmesg else text_lines(rows(data))
+        return [json_text(to_json(data, author_of=author_of), args.json)]
+    return hex_dump(data) if args.hex else dmesg_lines(data) if args.dmesg else text_lines(rows(data), author_of)
+
+
+def _read_boot_params(source: str) -> tuple[bytes, Callable[[Row], str] | None]:
+    """The page, and who wrote a field of it if somebody kept a journal."""
+    if source in ("-", LIVE_BOOT_PARAMS) or not (
+        source.endswith(".toml") or source.startswith("td:") or file_path(source).is_dir()
+    ):
+        return _read(source), None
+    from tools.facts import facts_of
+
+    found = facts_of(source, until="efi-stub")
+    if found.boot_params is None:
+        end = found.fields.get("boot", {}).get("end")
+        text = end.value if end is not None else "no boot_params"
+        raise FormatError(source, found=text, expected="a boot that came through stage efi-stub", source=_SOURCE)
+    return found.boot_params, found.journal.author_of if found.journal is not None else None
 
 
 def _tdvf(args: argparse.Namespace) -> Iterable[str]:

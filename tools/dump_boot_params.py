@@ -26,6 +26,7 @@ from kernel.e820 import memory_setup
 
 _INTEGER_SIZES = (1, 2, 4, 8)
 _SHOWN_BYTES = 32
+_AUTHOR_COLUMN = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,11 @@ def dmesg_lines(data: bytes) -> list[str]:
     return table.print_lines(who)
 
 
-def text_lines(dump: Iterable[Row]) -> list[str]:
-    """Rows as text: offset, name, value; members of a nested struct are indented below its name."""
+def text_lines(dump: Iterable[Row], author_of: Callable[[Row], str] | None = None) -> list[str]:
+    """Rows as text: offset, name, value; members of a nested struct are indented below its name.
+
+    With ``author_of``, who wrote the field follows.
+    """
     out: list[str] = []
     struct = ""
     for row in dump:
@@ -84,16 +88,23 @@ def text_lines(dump: Iterable[Row]) -> list[str]:
         struct = row.struct
         indent, name = ("  ", row.name[len(struct) :].lstrip(".")) if struct else ("", row.name)
         shown = row.text if isinstance(row.value, bytes) else f"{row.hex}  {row.text}".rstrip()
-        out.append(f"{f'{indent}{row.offset:#05x} {name}':<34}{shown}")
+        line = f"{f'{indent}{row.offset:#05x} {name}':<34}{shown}"
+        out.append(f"{line:<{_AUTHOR_COLUMN}}  {author_of(row) or 'not known'}" if author_of is not None else line)
     return out
 
 
-def to_json(data: bytes, memory_reader: Reader | None = None) -> dict[str, object]:
+def to_json(
+    data: bytes, memory_reader: Reader | None = None, author_of: Callable[[Row], str] | None = None
+) -> dict[str, object]:
     """The dump for programs: fields by name, the memory map as it lies there, and as the kernel will print it.
 
+    With ``author_of``, each field has who wrote it as ``author``.
     Integers stand there twice, as a number and as ``hex``: many readers of JSON round above 2^53.
     """
     fields = {row.name: _json_row(row) for row in _field_rows(data)}
+    if author_of is not None:
+        for row in _field_rows(data):
+            fields[row.name]["author"] = author_of(row)
     entries = [_json_entry(entry) for entry in e820_table_of(data)]
     out: dict[str, object] = {"fields": fields, "e820_table": entries, "dmesg": dmesg_lines(data)}
     if memory_reader:

@@ -37,7 +37,8 @@ from guest.ranges import Range, RangeSet
 from guest.records import RecordCopy
 from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G, SZ_64M
+from guest.write_journal import WriteJournal
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
@@ -51,6 +52,7 @@ from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host
 from tools.border import check_border
+from tools.handover import peek
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -63,6 +65,9 @@ GPAW_REAL_CODE = 40
 DEFAULT_CMDLINE = "nokaslr efi=debug"
 REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0 printk.devkmsg=on"
 """A real kernel prints to the serial port only if it is told to."""
+
+WRITE_FOR_OTHERS = ("bootstub.efi_call", "firmware.arena", "kernel.memblock")
+"""Modules whose callers are the authors of what they write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +146,26 @@ class Boot:
         self.kernel: Kernel | None = None
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
+        self.boot_params_gpa = 0
+        """Where it left it."""
+        self.boot_params_event = 0
+        """Number of the event that came next."""
+        self.system_table_gpa = 0
+        """Where the firmware left the EFI system table, once it ran."""
         self.system_table: bytes | None = None
         """The EFI system table as the stub left it; None if boot_params do not name it."""
+        self.memmap = b""
+        """The EFI memory map as the stub left it, of which boot_params have address and size."""
         self.done: list[str] = []
+        self.journal: WriteJournal | None = None
+        """Who wrote what, once it was asked for."""
+
+    def keep_journal(self) -> WriteJournal:
+        """Write down from now on who writes what to guest memory."""
+        if self.journal is None:
+            self.journal = WriteJournal(self.trace, WRITE_FOR_OTHERS)
+            self.physical.on_write = self.journal.record
+        return self.journal
 
     @property
     def next_stage(self) -> str | None:
@@ -188,7 +210,7 @@ class Boot:
         """The unaccepted memory bitmap as it is now, up to the end of RAM; empty if there is none."""
         at = RecordCopy(self.boot_params, BOOT_PARAMS)["unaccepted_memory"] if self.boot_params else 0
         end = max((part.end for part in self.host.ram), default=0)
-        return self.physical.read(at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) if at else b""
+        return peek(self.physical, at, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)) or b"" if at else b""
 
 
 def stages_of(config: BootConfig) -> dict[str, Callable[[Boot], None]]:
@@ -215,6 +237,7 @@ def _firmware(boot: Boot) -> None:
     fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, pci_express, config.nodes)
     setup = Setup(config.variables, config.offers, config.seed, config.accept or BELOW_4G, config.accept_cpus)
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, setup)
+    boot.system_table_gpa = boot.machine.regs.rdx
 
 
 def _td_shim_host(boot: Boot) -> None:
@@ -235,11 +258,16 @@ def _efi_stub(boot: Boot) -> None:
 
 
 def _keep_what_the_stub_left(boot: Boot) -> None:
-    """Copies of boot_params and of the system table, whose pointers become virtual addresses later on."""
-    boot.boot_params = boot.physical.read(boot.machine.regs.rsi, BOOT_PARAMS_SIZE)
+    """Copies of boot_params, the EFI memory map and the system table, whose pointers become virtual addresses."""
+    boot.boot_params_gpa, boot.boot_params_event = boot.machine.regs.rsi, boot.trace.count
+    boot.boot_params = peek(boot.physical, boot.boot_params_gpa, BOOT_PARAMS_SIZE)
+    if boot.boot_params is None:
+        return  # the kernel will find out
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
+    at = params["efi_info.efi_memmap_hi"] << 32 | params["efi_info.efi_memmap"]
+    boot.memmap = peek(boot.physical, at, min(params["efi_info.efi_memmap_size"], SZ_64M)) or b""
     at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
-    boot.system_table = boot.physical.read(at, EFI_SYSTEM_TABLE.sizeof()) if at else None
+    boot.system_table = peek(boot.physical, at, EFI_SYSTEM_TABLE.sizeof()) if at else None
 
 
 def _decompress(boot: Boot) -> None:
@@ -273,6 +301,8 @@ def _real_code(boot: Boot) -> RealCode:
         boot.real_code = RealCode(boot.machine, boot.physical, config.kernel, options, boot.tick)
         boot.host.instructions = Instructions(boot.real_code.devices, boot.real_code.vcpu.interrupts)
         boot.sept.on_revoke.append(boot.real_code.vcpu.forget)
+        if boot.journal is not None:
+            boot.real_code.on_store = boot.journal.record_as
     return boot.real_code
 
 

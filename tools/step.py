@@ -11,10 +11,13 @@ import re
 import sys
 from dataclasses import dataclass
 
+from bootstub.boot_params import BOOT_PARAMS
 from guest.errors import BootError, FormatError
 from guest.ranges import Range, RangeSet
+from guest.records import field_extents
 from guest.trace import Event, Record, StageBegin
 from guest.units import PHYSICAL_ADDRESS_END, size_text
+from guest.write_journal import authors
 from tools.cli import script
 from tools.config import add_options, boot_config, read_text
 from tools.pipeline import Boot, BootConfig
@@ -25,6 +28,7 @@ from tools.until import add_until_option, resolve_until
 
 MAX_MEM = 1 << 16
 _SHOWN = 12
+_SHOWN_CHARACTERS = 80
 _COUNT = re.compile(r"[0-9]{1,9}")
 _SOURCE = "unaccepted step, help"
 
@@ -184,6 +188,20 @@ class Stepper(cmd.Cmd):
             self._say(line)
         return False
 
+    def do_who(self, arg: str) -> bool:
+        """who ADDRESS | boot_params[+OFFSET] | boot_params.FIELD: who wrote that byte last, before which event."""
+        address = self._address(arg)
+        ((_, _, write),) = authors(self._boot.keep_journal().writes, address, address + 1)
+        unless = "" if self._boot.real_code is None else ", unless real code did"
+        if write is None:
+            self._say(f"{address:#x}: nobody wrote it{unless}")
+            return False
+        records = self._boot.trace.records
+        self._say(f"{address:#x}: {write.text}, [{write.start:#x}, {write.end:#x}){unless and unless + ' since'}")
+        if write.event < len(records):
+            self._say(f"    then {_record_text(records[write.event])}")
+        return False
+
     def do_events(self, arg: str) -> bool:
         """events [COUNT]: the last events (default 10)."""
         if arg and not _COUNT.fullmatch(arg):
@@ -229,9 +247,26 @@ class Stepper(cmd.Cmd):
 
     # Inside
 
+    def _address(self, arg: str) -> int:
+        """An address as it was typed: a number, or a field or an offset of boot_params."""
+        base, text = 0, arg
+        if arg.startswith("boot_params") and self._boot.boot_params is not None:
+            base, text = self._boot.boot_params_gpa, arg.removeprefix("boot_params").removeprefix("+") or "0"
+            offset, _ = field_extents(BOOT_PARAMS).get(text.removeprefix("."), (None, 0))
+            text = text if offset is None else str(offset)
+        try:
+            address = base + int(text, 0)
+        except ValueError:
+            address = -1
+        if not 0 <= address < PHYSICAL_ADDRESS_END:
+            expected = "ADDRESS, boot_params[+OFFSET] or boot_params.FIELD once the stub ran"
+            raise FormatError("who", found=repr(arg[:_SHOWN_CHARACTERS]), expected=expected, source=_SOURCE)
+        return address
+
     def _start(self) -> None:
         self._boot = Boot(self._config)
         self._status = StatusLine()
+        self._boot.keep_journal()
         self._boot.trace.watchers.append(self._watch)
         self.dead = self._paused = self._running = self._quiet = False
         self._accepted_before, self._first_event = RangeSet(), 0

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING
 from bootstub.boot_params import BOOT_PARAMS, e820_table_of, parse_e820_table
 from bootstub.e820_types import E820_TYPE_RAM
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
-from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY
-from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
-from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.bitmap import GuestBitmap
-from guest.ranges import TOP, RangeSet
+from guest.ranges import RangeSet
 from guest.records import RecordCopy
-from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE
+from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_1G
 from tdx.events import Finding
+from tools.handover import peek, unaccepted_table
+from tools.known_holes import hole_lines
 
 if TYPE_CHECKING:
     from tools.pipeline import Boot
 
+_MAX_BITMAP = SZ_1G
+"""Bytes that are read at most: four times what describes 4 PiB."""
+
 
 def verdict_lines(boot: Boot) -> list[str]:
     """A line for each thing worth knowing: what the sanitizer found, and how the boot stub's record stands."""
-    lines = finding_lines(boot)
+    lines = finding_lines(boot) + hole_lines(boot)
     if boot.boot_params is None:
         return lines
     lost = lost_memory(boot)
@@ -74,37 +76,27 @@ def unaccepted_by_module(boot: Boot) -> RangeSet:
 
 def bitmap(boot: Boot) -> bytes:
     """The bitmap as it is now, v9's or mainline's; empty if the stub left neither."""
-    found = _table(boot)
-    return boot.physical.read(found[0], found[1]) if found is not None else boot.bitmap()
+    found = unaccepted_table(boot)
+    if found is None:
+        return boot.bitmap()
+    return peek(boot.physical, found.bitmap, min(found.size, _MAX_BITMAP)) or b""
 
 
 def unaccepted_by_bitmap(boot: Boot) -> RangeSet | None:
     """RAM whose bit is set, in v9's bitmap or in mainline's table; None if the stub left neither."""
     assert boot.boot_params is not None
     params = RecordCopy(boot.boot_params, BOOT_PARAMS)
-    found = _table(boot)
+    found = unaccepted_table(boot)
     if found is None and not params["unaccepted_memory"]:
         return None
-    at, size, unit, base = found or (params["unaccepted_memory"], PHYSICAL_ADDRESS_END, PMD_SIZE, 0)
-    bitmap, described = GuestBitmap(boot.physical, at), min(base + size * BITS_PER_BYTE * unit, TOP)
+    at, unit, base, described = params["unaccepted_memory"], PMD_SIZE, 0, PHYSICAL_ADDRESS_END
+    if found is not None:
+        at, unit, base, described = found.bitmap, found.unit_size, found.phys_base, found.described_end
+    room = max(PHYSICAL_ADDRESS_END - at, 0)
+    described = min(described, base + room * BITS_PER_BYTE * unit)
+    bitmap = GuestBitmap(boot.physical, at)
     unaccepted = RangeSet()
     for start, end in boot.host.ram.within(base, described):
         for first, last in bitmap.runs((start - base) // unit, DIV_ROUND_UP(end - base, unit)):
             unaccepted.add(max(base + first * unit, start), min(base + last * unit, end))
     return unaccepted
-
-
-def _table(boot: Boot) -> tuple[int, int, int, int] | None:
-    """Mainline's table: address and bytes of the bitmap, unit size, address of the first unit."""
-    if boot.system_table is None:
-        return None
-    read, system_table = boot.physical.read, RecordCopy(boot.system_table, EFI_SYSTEM_TABLE)
-    count = min(system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
-    size = EFI_CONFIGURATION_TABLE.sizeof()
-    data = read(system_table["ConfigurationTable"], count * size)
-    for entry in (data[start : start + size] for start in range(0, len(data), size)):
-        if entry[:16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
-            table = int.from_bytes(entry[16:], "little")
-            header = RecordCopy(read(table, EFI_UNACCEPTED_MEMORY.sizeof()), EFI_UNACCEPTED_MEMORY)
-            return table + EFI_UNACCEPTED_MEMORY.sizeof(), header["size"], header["unit_size"], header["phys_base"]
-    return None

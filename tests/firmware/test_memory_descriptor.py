@@ -102,6 +102,18 @@ def test_a_bad_descriptor_is_named(bad, at, found, expected):
     assert (error.what, error.at, error.found, error.expected) == ("map.json: descriptor 3", at, found, expected)
 
 
+UNACCEPTED = MemoryDescriptor(15, 0x20_0000, 0x200, 0)
+
+
+def test_unaccepted_memory_that_is_listed_twice_passes():
+    """It goes unnoticed until it is accepted; with any other type it is refused as ever, next to it or not."""
+    inside = [MemoryDescriptor(15, 0x21_0000, 1, 0), MemoryDescriptor(15, 0x22_0000, 0x400, 0)]
+    check_map([*GOOD, UNACCEPTED, *inside, UNACCEPTED], "map")
+    for start in (0x23_0000, 0x40_0000, 0x61_F000):
+        with pytest.raises(FormatError, match=r"over .* expected no overlap"):
+            check_map([UNACCEPTED, *inside, MemoryDescriptor(7, start, 1, 0)], "map")
+
+
 def test_an_overlap_below_names_the_higher_one():
     """The descriptor that starts higher is the one in question, wherever it stands in the map."""
     with pytest.raises(FormatError) as refused:

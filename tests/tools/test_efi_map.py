@@ -142,11 +142,11 @@ def test_largest_values_fit_the_descriptor():
             "0x80000 pages, which end at 0x1000000007ffff000",
         ),
         (
-            json.dumps([ROW, ROW | {"start": "0x17ffff000", "pages": 1}]), "m: descriptor 1",
+            json.dumps([ROW, ROW | {"start": "0x17ffff000", "pages": 1, "type": "Reserved"}]), "m: descriptor 1",
             "[0x17ffff000, 0x180000000) over [0x100000000, 0x180000000) of descriptor 0",
         ),
         (
-            json.dumps([ROW, ROW]), "m: descriptor 1",
+            json.dumps([ROW, ROW | {"type": "Reserved"}]), "m: descriptor 1",
             "[0x100000000, 0x180000000) over [0x100000000, 0x180000000) of descriptor 0",
         ),
         (json.dumps([ROW | {"start": n << 13, "pages": 1} for n in range(65537)]), "m", 65537),

@@ -225,6 +225,8 @@ def test_bar_of_two_ranges():
         ([(CONV, 0, GIB)], []),
         ([(CONV, GIB, 2 * GIB), (CONV, 0, GIB)], ["not sorted by address: 1 of 2"]),
         ([(CONV, 0, 2 * GIB), (RESERVED, GIB, GIB + 4096)], ["overlap: Reserved [0x40000000, 0x40001000) and Conv"]),
+        ([(UNACC, 4 * GIB, 5 * GIB - 0x200000), (UNACC, 4 * GIB + 0x200000, 4 * GIB + 0x600000)],
+         ["overlap: Unaccepted [0x100200000, 0x100600000) and Unaccepted"]),
         ([(UNACC, 4 * GIB + 4096, 5 * GIB - 4096)],
          ["unaccepted edge off 2 MiB: the stub accepts 4088 KiB of Unac", "hole inside a 2 MiB unit", "hole inside"]),
         ([(UNACC, 4 * GIB, 4 * GIB + 0x300000)], ["unaccepted range below 4 MiB", "hole inside a 2 MiB unit"]),

@@ -36,7 +36,9 @@ def _overlaps(platform: PlatformMap) -> Iterator[str]:
     low: MemoryDescriptor | None = None
     for high in ordered:
         if low is not None and low.end > high.start:
-            yield f"overlap: {_text(high)} and {_text(low)}; a boot refuses such a map"
+            both = low.type == high.type == EfiMemoryType.EfiUnacceptedMemoryType
+            effect = "of this, what the stub accepts at once is accepted twice" if both else "a boot refuses such a map"
+            yield f"overlap: {_text(high)} and {_text(low)}; {effect}"
         if low is None or high.end > low.end:
             low = high
 
