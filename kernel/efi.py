@@ -6,36 +6,46 @@ Sources: arch/x86/platform/efi/{efi,memmap,quirks}.c; drivers/firmware/efi/efi.c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from bootstub.e820_types import E820_TYPE_RESERVED
 from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY, UnacceptedTable
 from firmware.efi_types import (
     ACPI_20_TABLE_GUID,
+    ACPI_TABLE_GUID,
+    EFI_MEMORY_ATTRIBUTES_TABLE_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
     LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
+    SMBIOS_TABLE_GUID,
     EfiMemoryAttribute,
     EfiMemoryType,
     guid_bytes,
 )
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
-from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
+from firmware.tables import EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
+from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import GuestRecord
-from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
+from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K, round_down, round_up
 from kernel.kernel import Kernel
-from kernel.memblock import MAINLINE_MEMBLOCK
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
+from kernel.version import V6_12
 from tdx.guest import PlatformAccept, tdx_accept_memory
 
-_UNACCEPTED = "Unaccepted"
+_UNACCEPTED, _ACPI, _ACPI_20, _MEMATTR = "Unaccepted", "ACPI", "ACPI 2.0", "MEMATTR"
 _TABLE_NAMES = {
-    guid_bytes(ACPI_20_TABLE_GUID): "ACPI 2.0",
+    guid_bytes(SMBIOS_TABLE_GUID): "SMBIOS",
+    guid_bytes(ACPI_TABLE_GUID): _ACPI,
+    guid_bytes(ACPI_20_TABLE_GUID): _ACPI_20,
+    guid_bytes(EFI_MEMORY_ATTRIBUTES_TABLE_GUID): _MEMATTR,
     guid_bytes(LINUX_EFI_INITRD_MEDIA_GUID): "INITRD",
     guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
 }
+_EFI32_LOADER_SIGNATURE = int.from_bytes(b"EL32", "little")
 _MAX_MEMMAP_SIZE = 1 << 24
 _MAX_BITMAP_SIZE = 1 << 28
+_MEMATTR_HEADER_SIZE = 16
 _VENDOR_SIZE = 100
 _MMIO_KEPT_BELOW = 4 * SZ_64K
 
@@ -108,7 +118,7 @@ def efi_memblock_x86_reserve_range(kernel: Kernel) -> None:
     size = params["efi_info.efi_memmap_size"]
     if at == 0 or size > _MAX_MEMMAP_SIZE:
         return
-    kernel.memblock.reserve(at, size)
+    kernel.memblock.reserve(at, size, who="efi_memblock_x86_reserve_range")
     data = kernel.machine.memory.read(at, size)
     kernel.efi_memmap = unpack_map(data, params["efi_info.efi_memdesc_size"], at=at)
 
@@ -119,15 +129,19 @@ def efi_init(kernel: Kernel) -> None:
     at = params["efi_info.efi_systab_hi"] << 32 | params["efi_info.efi_systab"]
     if at == 0:
         return
-    system_table = GuestRecord(machine.memory, at, EFI_SYSTEM_TABLE)
-    revision, vendor = system_table["Hdr.Revision"], system_table["FirmwareVendor"]
-    name = machine.memory.read(vendor, _VENDOR_SIZE * 2).decode("utf-16-le", errors="replace").split("\0")[0]
-    machine.print(f"efi: EFI v{revision >> 16}.{(revision & 0xFFFF) // 10} by {name}")
-    tables = dict(_known_tables(kernel, system_table))
+    is_64bit = params["efi_info.efi_loader_signature"] != _EFI32_LOADER_SIGNATURE
+    found = _system_table(machine, at) if is_64bit else _system_table_32(machine, at)
+    name = machine.memory.read(found.vendor, _VENDOR_SIZE * 2).decode("utf-16-le", errors="replace").split("\0")[0]
+    machine.print(f"efi: EFI v{found.revision >> 16}.{(found.revision & 0xFFFF) // 10} by {name}")
+    tables = dict(_known_tables(kernel, found))
     machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
     if _UNACCEPTED in tables:
         _reserve_unaccepted(kernel, tables[_UNACCEPTED])
-    _efi_remove_e820_mmio(kernel)
+    kernel.rsdp = kernel.rsdp or tables.get(_ACPI_20, 0) or tables.get(_ACPI, 0)
+    if _MEMATTR in tables:
+        _efi_memattr_init(kernel, tables[_MEMATTR])
+    if kernel.version.removes_efi_mmio:
+        _efi_remove_e820_mmio(kernel)
     if "debug" in (kernel.early.values.get("efi") or "").split(","):
         for line in memmap_lines(kernel.efi_memmap):
             machine.print(line)
@@ -140,7 +154,7 @@ def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:
         if d.type not in (EfiMemoryType.EfiBootServicesCode, EfiMemoryType.EfiBootServicesData):
             continue
         if not kernel.memblock.is_region_reserved(d.start, d.end - d.start):
-            kernel.memblock.reserve(d.start, d.end - d.start)
+            kernel.memblock.reserve(d.start, d.end - d.start, who="efi_reserve_boot_services")
             if d.start >= SZ_1M:
                 reserved.append(Range(d.start, d.end))
     return reserved
@@ -154,15 +168,53 @@ def efi_free_boot_services(kernel: Kernel, allocator: PageAllocator) -> None:
             allocator.free_pages_core(PFN_UP(start), PFN_DOWN(end))
 
 
-def _known_tables(kernel: Kernel, system_table: GuestRecord) -> Iterator[tuple[str, int]]:
+@dataclass(frozen=True, slots=True)
+class _SystemTable:
+    """What of an EFI system table matters here; ``width`` is the size of a pointer."""
+
+    revision: int
+    vendor: int
+    count: int
+    tables: int
+    width: int
+
+
+def _system_table(machine: Machine, at: int) -> _SystemTable:
+    table = GuestRecord(machine.memory, at, EFI_SYSTEM_TABLE)
+    names = ("Hdr.Revision", "FirmwareVendor", "NumberOfTableEntries", "ConfigurationTable")
+    return _SystemTable(*(table[name] for name in names), width=8)
+
+
+def _system_table_32(machine: Machine, at: int) -> _SystemTable:
+    """The table of 32-bit firmware, which starts a 64-bit kernel in mixed mode."""
+    words = [machine.memory.read_uint(at + offset, 4) for offset in (8, 24, 64, 68)]
+    return _SystemTable(*words, width=4)
+
+
+def _known_tables(kernel: Kernel, found: _SystemTable) -> Iterator[tuple[str, int]]:
     """Name and address of the configuration tables that the kernel knows."""
-    count = min(system_table["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
-    size = EFI_CONFIGURATION_TABLE.sizeof()
-    data = kernel.machine.memory.read(system_table["ConfigurationTable"], count * size)
+    count, size = min(found.count, MAX_CONFIGURATION_TABLES), 16 + found.width
+    data = kernel.machine.memory.read(found.tables, count * size)
     for at in range(0, len(data), size):
         name = _TABLE_NAMES.get(data[at : at + 16])
         if name is not None:
             yield name, int.from_bytes(data[at + 16 : at + size], "little")
+
+
+def _efi_memattr_init(kernel: Kernel, table: int) -> None:
+    """Keep the table of memory attributes (drivers/firmware/efi/memattr.c)."""
+    header = kernel.machine.memory.read(table, _MEMATTR_HEADER_SIZE)
+    version, count, size = (int.from_bytes(header[at : at + 4], "little") for at in (0, 4, 8))
+    total = _MEMATTR_HEADER_SIZE + count * size
+    if 1 <= version <= 2 and total <= _MAX_MEMMAP_SIZE:
+        kernel.memblock.reserve(table, total, who="efi_memattr_init")
+
+
+def _keep(kernel: Kernel, start: int, size: int) -> None:
+    """Whole pages that are memory from now on, and taken: firmware calls them ACPI's (reserve_unaccepted())."""
+    first, end = round_down(start, PAGE_SIZE), round_up(start + size, PAGE_SIZE)
+    kernel.memblock.add(first, end - first, who="reserve_unaccepted")
+    kernel.memblock.reserve(first, end - first, who="reserve_unaccepted")
 
 
 def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
@@ -177,8 +229,8 @@ def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     if version != 1 or unit_size < PAGE_SIZE or unit_size & unit_size - 1 or size > _MAX_BITMAP_SIZE:
         kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
         return
-    kernel.memblock.version = MAINLINE_MEMBLOCK
-    kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
+    kernel.version, kernel.memblock.version = V6_12, V6_12.memblock
+    _keep(kernel, table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size
     kernel.unaccepted = UnacceptedMemory(found.bitmap, accept, found.phys_base, described, unit_size)

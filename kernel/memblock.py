@@ -282,7 +282,7 @@ class Memblock:
         if self.debug:
             what = f"{size} bytes align={align:#x} nid={nid} from={min_addr:#018x} max_addr={max_addr:#018x}"
             self.debug(f"memblock_{form}: {what} {who}")
-        max_addr = min(max_addr, self.current_limit)
+        max_addr = min(max_addr or self.current_limit, self.current_limit)
         for start in (min_addr, 0) if min_addr else (0,):
             found = self.alloc_range_nid(size, align, start, max_addr, nid, "exact_nid" in form)
             if found:

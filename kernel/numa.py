@@ -1,0 +1,137 @@
+"""Nodes: from SRAT, or one for all memory; memblock's regions and each node's data.
+
+Sources: arch/x86/mm/numa.c; mm/numa_memblks.c (6.12), numa_cleanup_meminfo(), numa_register_meminfo(); mm/numa.c,
+alloc_node_data().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from guest.units import PFN_PHYS, SZ_1M
+from kernel.kernel import Kernel
+from kernel.memblock import SMP_CACHE_BYTES
+from kernel.memblock_type import NUMA_NO_NODE, PHYS_ADDR_MAX
+from kernel.mmzone import nodes_of
+from kernel.srat import Srat
+
+
+@dataclass(frozen=True, slots=True)
+class NumaBlock:
+    """``[start, end)`` belongs to node ``nid``; whether there is memory is memblock's business."""
+
+    start: int
+    end: int
+    nid: int
+
+
+def initmem_init(kernel: Kernel, srat: Srat | None) -> None:
+    """Give every memory region its node and allocate the nodes' data; without a usable SRAT there is one node."""
+    numa_off = kernel.early.numa_off
+    if not (srat is not None and not numa_off and _numa_init(kernel, _blocks_of_srat(kernel, srat))):
+        end = PFN_PHYS(kernel.max_pfn)
+        kernel.machine.print("NUMA turned off" if numa_off else "No NUMA configuration found")
+        kernel.machine.print(f"Faking a node at [mem {0:#018x}-{end - 1:#018x}]")
+        _numa_init(kernel, [NumaBlock(0, end, 0)])
+    kernel.memblock.bottom_up = False
+
+
+def _blocks_of_srat(kernel: Kernel, srat: Srat) -> list[NumaBlock]:
+    if srat.bad:
+        kernel.machine.print(srat.bad)
+        return []
+    for affinity in srat.memory:
+        kernel.machine.print(affinity.line())
+        if affinity.hotplug:
+            kernel.memblock.mark_hotplug(affinity.start, affinity.end - affinity.start)
+    return [NumaBlock(affinity.start, affinity.end, affinity.nid) for affinity in srat.memory]
+
+
+def _numa_init(kernel: Kernel, blocks: Sequence[NumaBlock]) -> bool:
+    """Register nodes; False if they do not cover memory or contradict each other."""
+    memblock = kernel.memblock
+    for array in (memblock.memory, memblock.reserved):
+        array.set_node(0, PHYS_ADDR_MAX, NUMA_NO_NODE)
+    if not blocks:
+        return False
+    memblock.bottom_up = False
+    cleaned = _cleanup_meminfo(kernel, blocks)
+    if cleaned is None:
+        return False
+    for block in cleaned:
+        memblock.set_node(block.start, block.end - block.start, block.nid)
+    _clear_kernel_node_hotplug(kernel, cleaned)
+    if sum(region.size for region in memblock.memory.regions if region.nid == NUMA_NO_NODE) >= SZ_1M:
+        return False
+    for nid in nodes_of(memblock.memory.regions):
+        _alloc_node_data(kernel, nid)
+    memblock.dump_all()
+    return True
+
+
+def _cleanup_meminfo(kernel: Kernel, blocks: Sequence[NumaBlock]) -> list[NumaBlock] | None:
+    """Blocks cut to what there is, those of a node joined unless another node lies between; None if nodes overlap."""
+    memblock = kernel.memblock
+    low, high = 0, PFN_PHYS(kernel.max_pfn)
+    if kernel.version.trims_numa_to_dram:
+        low, high = memblock.start_of_DRAM(), memblock.end_of_DRAM()
+    kept = [
+        NumaBlock(max(block.start, low), min(block.end, high), block.nid)
+        for block in blocks
+        if memblock.memory.overlaps_region(block.start, block.end - block.start)
+    ]
+    kept = [block for block in kept if block.start < block.end]
+    index = 0
+    while index < len(kept):
+        other = index + 1
+        while other < len(kept):
+            one, two = kept[index], kept[other]
+            if one.nid != two.nid and one.end > two.start and one.start < two.end:
+                texts = [f"node {b.nid} [mem {b.start:#010x}-{b.end - 1:#010x}]" for b in (one, two)]
+                kernel.machine.print(f"NUMA: {texts[0]} overlaps with {texts[1]}")
+                return None
+            joined = replace(one, start=min(one.start, two.start), end=max(one.end, two.end))
+            if one.nid != two.nid or _meets_other_node(joined, kept):
+                other += 1
+                continue
+            kernel.machine.print(f"NUMA: Node {one.nid} {_mem(one)} + {_mem(two)} -> {_mem(joined)}")
+            kept[index] = joined
+            del kept[other]
+        index += 1
+    return kept
+
+
+def _meets_other_node(block: NumaBlock, blocks: Sequence[NumaBlock]) -> bool:
+    return any(other.nid != block.nid and block.start < other.end and block.end > other.start for other in blocks)
+
+
+def _mem(block: NumaBlock) -> str:
+    return f"[mem {block.start:#010x}-{block.end - 1:#010x}]"
+
+
+def _clear_kernel_node_hotplug(kernel: Kernel, blocks: Sequence[NumaBlock]) -> None:
+    """Nodes with memory that is taken already cannot be unplugged (numa_clear_kernel_node_hotplug())."""
+    memblock = kernel.memblock
+    for block in blocks:
+        memblock.reserved.set_node(block.start, block.end - block.start, block.nid)
+    taken = {region.nid for region in memblock.reserved.regions}
+    for block in blocks:
+        if block.nid in taken:
+            memblock.clear_hotplug(block.start, block.end - block.start)
+
+
+def _alloc_node_data(kernel: Kernel, nid: int) -> None:
+    """pg_data_t, on the node if there is room."""
+    size = kernel.version.node_data
+    found = kernel.memblock.alloc_range_nid(size, SMP_CACHE_BYTES, 0, 0, nid)
+    if not found:
+        raise kernel.machine.panic(f"Cannot allocate {size} bytes for node {nid} data")
+    kernel.machine.memory.clear(found, found + size)
+    kernel.machine.print(f"NODE_DATA({nid}) allocated [mem {found:#010x}-{found + size - 1:#010x}]")
+    region = kernel.memblock.memory.search(found)
+    if region is not None and region.nid != nid:
+        kernel.machine.print(f"    NODE_DATA({nid}) on node {region.nid}")
+    kernel.node_data[nid] = found
+
+
