@@ -6,7 +6,7 @@ e820_add_kernel_range(), trim_bios_range(); v9 09/14.
 
 from __future__ import annotations
 
-from bootstub.boot_params import e820_table_of, parse_e820_table
+from bootstub.boot_params import E820_MAX_ENTRIES_ZEROPAGE, e820_table_of, parse_e820_table
 from bootstub.e820_types import (
     E820_TYPE_RAM,
     E820_TYPE_RESERVED,
@@ -17,7 +17,10 @@ from bootstub.setup_data import SetupData, SetupDataType
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, PFN_DOWN, PMD_SIZE, SZ_1M, SZ_4G
 from kernel.e820 import E820Table, memory_setup, remove_line, update_line
 from kernel.kernel import Kernel
+from kernel.version import MAX_NUMNODES
 
+MAX_ENTRIES = E820_MAX_ENTRIES_ZEROPAGE + 3 * MAX_NUMNODES
+"""E820_MAX_ENTRIES."""
 BIOS_BEGIN, BIOS_END = 0xA0000, SZ_1M
 _NOT_FOR_KEXEC = frozenset({SetupDataType.SETUP_EFI, SetupDataType.SETUP_IMA, SetupDataType.SETUP_RNG_SEED})
 """setup_data that kexec makes anew."""
@@ -26,7 +29,8 @@ _NOT_FOR_KEXEC = frozenset({SetupDataType.SETUP_EFI, SetupDataType.SETUP_IMA, Se
 def e820_memory_setup(kernel: Kernel, setup_data: list[SetupData]) -> None:
     """The firmware's table, and its extension in setup_data."""
     machine, params = kernel.machine, kernel.params
-    who, kernel.e820 = memory_setup(e820_table_of(params.data), params["alt_mem_k"], params["screen_info.ext_mem_k"])
+    entries = e820_table_of(params.data)
+    who, kernel.e820 = memory_setup(entries, params["alt_mem_k"], params["screen_info.ext_mem_k"], MAX_ENTRIES)
     _copy_tables(kernel)
     _print_table(kernel, "BIOS-provided physical RAM map:", who)
     for node in setup_data:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bootstub.e820_types import E820_TYPE_RESERVED
+from bootstub.e820_types import E820_TYPE_RAM, E820_TYPE_RESERVED
 from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY, UnacceptedTable
 from firmware.efi_types import (
     ACPI_20_TABLE_GUID,
@@ -26,7 +26,7 @@ from firmware.tables import EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import GuestRecord
-from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K, round_down, round_up
+from guest.units import BITS_PER_BYTE, PAGE_SHIFT, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K, round_down, round_up
 from kernel.kernel import Kernel
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
@@ -132,19 +132,25 @@ def efi_init(kernel: Kernel) -> None:
     is_64bit = params["efi_info.efi_loader_signature"] != _EFI32_LOADER_SIGNATURE
     found = _system_table(machine, at) if is_64bit else _system_table_32(machine, at)
     name = machine.memory.read(found.vendor, _VENDOR_SIZE * 2).decode("utf-16-le", errors="replace").split("\0")[0]
-    machine.print(f"efi: EFI v{found.revision >> 16}.{(found.revision & 0xFFFF) // 10} by {name}")
+    minor = kernel.version.efi_minor(found.revision & 0xFFFF)
+    machine.print(f"efi: EFI v{found.revision >> 16}.{minor} by {name}")
     tables = dict(_known_tables(kernel, found))
     machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
-    if _UNACCEPTED in tables:
-        _reserve_unaccepted(kernel, tables[_UNACCEPTED])
+    kernel.dmi = "SMBIOS" in tables
     kernel.rsdp = kernel.rsdp or tables.get(_ACPI_20, 0) or tables.get(_ACPI, 0)
     if _MEMATTR in tables:
         _efi_memattr_init(kernel, tables[_MEMATTR])
+    if _UNACCEPTED in tables:
+        _reserve_unaccepted(kernel, tables[_UNACCEPTED])
     if kernel.version.removes_efi_mmio:
         _efi_remove_e820_mmio(kernel)
-    if "debug" in (kernel.early.values.get("efi") or "").split(","):
+    if _efi_debug(kernel):
         for line in memmap_lines(kernel.efi_memmap):
             machine.print(line)
+
+
+def _efi_debug(kernel: Kernel) -> bool:
+    return "debug" in (kernel.early.values.get("efi") or "").split(",")
 
 
 def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:
@@ -155,17 +161,29 @@ def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:
             continue
         if not kernel.memblock.is_region_reserved(d.start, d.end - d.start):
             kernel.memblock.reserve(d.start, d.end - d.start, who="efi_reserve_boot_services")
-            if d.start >= SZ_1M:
+            if d.start >= SZ_1M and _can_free_region(kernel, d.start, d.end):
                 reserved.append(Range(d.start, d.end))
     return reserved
 
 
+def _can_free_region(kernel: Kernel, start: int, end: int) -> bool:
+    """Whether nothing but boot services is there: not the kernel, and RAM all over."""
+    image = Range(kernel.image.start, max(kernel.image.end, kernel.brk.end))
+    return not (end > image.start and start <= image.end) and kernel.e820.mapped_all(start, end, E820_TYPE_RAM)
+
+
 def efi_free_boot_services(kernel: Kernel, allocator: PageAllocator) -> None:
-    """Give boot services memory that was kept aside to the page allocator."""
+    """Give boot services memory that was kept aside to the page allocator; ``efi=debug`` keeps it for debugfs."""
+    freed = 0
+    if _efi_debug(kernel):
+        return
     for start, end in kernel.boot_services:
-        kernel.memblock.phys_free(start, end - start)
+        kernel.memblock.reserved.remove_range(start, end - start)
         if PFN_UP(start) < PFN_DOWN(end):
             allocator.free_pages_core(PFN_UP(start), PFN_DOWN(end))
+            freed += PFN_DOWN(end) - PFN_UP(start)
+    if freed and kernel.version.says_freed_efi:
+        kernel.machine.print(f"Freeing EFI boot services memory: {freed << PAGE_SHIFT - 10}K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +231,8 @@ def _efi_memattr_init(kernel: Kernel, table: int) -> None:
 def _keep(kernel: Kernel, start: int, size: int) -> None:
     """Whole pages that are memory from now on, and taken: firmware calls them ACPI's (reserve_unaccepted())."""
     first, end = round_down(start, PAGE_SIZE), round_up(start + size, PAGE_SIZE)
-    kernel.memblock.add(first, end - first, who="reserve_unaccepted")
-    kernel.memblock.reserve(first, end - first, who="reserve_unaccepted")
+    kernel.memblock.add(first, end - first, who="efi_config_parse_tables")
+    kernel.memblock.reserve(first, end - first, who="efi_config_parse_tables")
 
 
 def _reserve_unaccepted(kernel: Kernel, table: int) -> None:

@@ -24,8 +24,6 @@ from tdx.guest import PlatformAccept, tdx_guest_detected
 COMMAND_LINE_SIZE = 2048
 PGT_BUF_PAGES = 16
 """Pages of brk for early page tables (arch/x86/mm/init.c, INIT_PGT_BUF_SIZE with CONFIG_RANDOMIZE_MEMORY)."""
-BRK_PAGES = PGT_BUF_PAGES + 1
-"""Pages of brk that are in use when it is reserved, seen in logs."""
 MAX_PHYSMEM_BITS, MAX_PHYSMEM_BITS_LA57 = 46, 52
 _KASLR_FLAG = 1 << 1
 _CPUID_LAST_EXTENDED, _CPUID_FEATURES, _CPUID_EXTENDED, _CPUID_ADDRESS_SIZES = 0x80000000, 7, 0x80000001, 0x80000008
@@ -63,7 +61,11 @@ class Kernel:
     efi_memmap: list[MemoryDescriptor] = field(default_factory=list)
     boot_services: list[Range] = field(default_factory=list)
     max_pfn: int = 0
+    max_possible_pfn: int = 0
+    """``max_pfn`` with all memory that may be plugged in later."""
     mapped: list[Range] = field(default_factory=list)
+    dmi: bool = False
+    """There is an SMBIOS table."""
     rsdp: int = 0
     """What boot_params or EFI say of where the RSDP is; 0 if nothing."""
     acpi: list[AcpiTable] = field(default_factory=list)
@@ -103,11 +105,17 @@ class Kernel:
         )
         kernel._find_features()
         if image_size:
-            kernel.brk = Range(kernel.image.end, kernel.image.end + BRK_PAGES * PAGE_SIZE)
+            kernel.brk = Range(kernel.image.end, kernel.image.end + PGT_BUF_PAGES * PAGE_SIZE)
         kernel.set_image(kernel.image)
         kernel.memblock.movable_node = kernel.early.movable_node
         kernel.memblock.mirrored_kernelcore = kernel.early.mirrored_kernelcore
         return kernel
+
+    def extend_brk(self) -> None:
+        """Use one more page of brk, below the early page tables."""
+        if self.brk.size:
+            self.brk = Range(self.brk.start, self.brk.end + PAGE_SIZE)
+            self.set_image(self.image)
 
     def set_image(self, image: Range) -> None:
         """The kernel lies at ``image``, and early page tables at the end of its brk area."""

@@ -373,10 +373,13 @@ class Memblock:
             self._accept_memory(found, found + room)
         self._clear_memory(found, found + new_size)
         array.max *= 2
+        who = "memblock_double_array"
+        if self.debug:
+            self.debug(f"memblock: {array.name} is doubled to {array.max} at [{found:#018x}-{found + new_size - 1:#018x}]")
         old, self._array_at[array.name] = self._array_at.get(array.name), Range(found, found + room)
         if old is not None:
-            self.phys_free(old.start, old.size)
-        if self.reserve(found, room):
+            self.phys_free(old.start, old.size, who=who)
+        if self.reserve(found, room, who=who):
             raise self._panic("kernel BUG at mm/memblock.c: BUG_ON(memblock_reserve(addr, new_alloc_size))")
         return True
 

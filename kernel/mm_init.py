@@ -39,6 +39,8 @@ from kernel.zone_movable import find_zone_movable_pfns
 
 _RESOURCE_SIZE, _FIRMWARE_MAP_ENTRY_SIZE, _NOSAVE_REGION_SIZE = 64, 104, 32
 """sizeof(struct resource), of struct firmware_map_entry and struct nosave_region."""
+_PASSED_ON = ("nokaslr", "page_poison", "min_free_kbytes")
+"""Parameters that the kernel itself does not know: the stub's, and some that people give it."""
 _FIXMAP_TABLES = 3
 """Page tables for what is mapped at fixed virtual addresses, seen in logs (spp_getpage())."""
 
@@ -46,7 +48,7 @@ _FIXMAP_TABLES = 3
 def mm_init(kernel: Kernel) -> None:
     """From memblock to free lists: after this, pages are allocated by the page allocator only."""
     srat, madt = _srat(kernel), _madt(kernel)
-    initmem_init(kernel, srat)
+    initmem_init(kernel, srat, _slit_localities(kernel))
     reserve_crashkernel(kernel)
     sparse_init(kernel)
     zones = _zone_sizes_init(kernel)
@@ -58,6 +60,7 @@ def mm_init(kernel: Kernel) -> None:
     setup_per_cpu_areas(kernel, _cpu_nodes(kernel, srat, madt))
     for _ in range(max(nodes) + 1 + kernel.version.percpu_cpumasks):
         kernel.memblock_alloc(8, SMP_CACHE_BYTES, "alloc_bootmem_cpumask_var")
+    _print_unknown_bootoptions(kernel)
     _gigantic_pages(kernel)
     if len(nodes) == 1:  # else they are spread over nodes by vmalloc, later (hashdist)
         for name, scale in (("Dentry", 13), ("Inode", 14)):
@@ -72,15 +75,27 @@ def mm_init(kernel: Kernel) -> None:
     efi_free_boot_services(kernel, allocator)
 
 
+def _table(kernel: Kernel, signature: str) -> bytes | None:
+    """ACPI's first table of that name."""
+    table = next((table for table in kernel.acpi if table.signature == signature), None)
+    return None if table is None else read_table(kernel.machine, table)
+
+
 def _srat(kernel: Kernel) -> Srat | None:
-    table = next((table for table in kernel.acpi if table.signature == "SRAT"), None)
-    return None if table is None else parse_srat(read_table(kernel.machine, table))
+    data = _table(kernel, "SRAT")
+    return None if data is None else parse_srat(data)
+
+
+def _slit_localities(kernel: Kernel) -> int:
+    """Number of localities between which SLIT gives distances; 0 without it."""
+    data = _table(kernel, "SLIT")
+    return int.from_bytes((data or b"")[36:44], "little")
 
 
 def _madt(kernel: Kernel) -> Madt:
     """Processors and IO-APICs; without the table one processor."""
-    table = next((table for table in kernel.acpi if table.signature == "APIC"), None)
-    madt = Madt() if table is None else parse_madt(read_table(kernel.machine, table))
+    data = _table(kernel, "APIC")
+    madt = Madt() if data is None else parse_madt(data)
     return madt.limited(kernel.early.values.get("nr_cpus"))
 
 
@@ -153,6 +168,19 @@ def _setup_command_line(kernel: Kernel) -> None:
     size = min(len(kernel.command_line.encode()), COMMAND_LINE_SIZE - 1) + 1
     for _ in range(2):
         kernel.memblock_alloc(size, SMP_CACHE_BYTES, "start_kernel")
+
+
+def _print_unknown_bootoptions(kernel: Kernel) -> None:
+    """Say what goes to user space; the text is put together in memory that is given back at once."""
+    values = kernel.early.values
+    words = [name if values[name] is None else f"{name}={values[name]}" for name in _PASSED_ON if name in values]
+    if not words:
+        return
+    size = 1 + sum(len(word) + 1 for word in words)
+    found = kernel.memblock_alloc(size, SMP_CACHE_BYTES, "start_kernel")
+    text = " ".join(words)
+    kernel.machine.print(f'Unknown kernel command line parameters "{text}", will be passed to user space.')
+    kernel.memblock.phys_free(found, size, who="start_kernel")
 
 
 def _gigantic_pages(kernel: Kernel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from guest.units import PFN_PHYS, SZ_1M
+from guest.units import PAGE_SIZE, PFN_PHYS, PFN_UP, SZ_1M
 from kernel.kernel import Kernel
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.memblock_type import NUMA_NO_NODE, PHYS_ADDR_MAX
@@ -26,10 +26,14 @@ class NumaBlock:
     nid: int
 
 
-def initmem_init(kernel: Kernel, srat: Srat | None) -> None:
-    """Give every memory region its node and allocate the nodes' data; without a usable SRAT there is one node."""
+def initmem_init(kernel: Kernel, srat: Srat | None, localities: int = 0) -> None:
+    """Give every memory region its node and allocate the nodes' data; without a usable SRAT there is one node.
+
+    ``localities`` is the size of SLIT, whose table of distances is kept.
+    """
     numa_off = kernel.early.numa_off
-    if not (srat is not None and not numa_off and _numa_init(kernel, _blocks_of_srat(kernel, srat))):
+    kernel.max_possible_pfn = kernel.max_pfn
+    if not (srat is not None and not numa_off and _numa_init(kernel, _blocks_of_srat(kernel, srat, localities))):
         end = PFN_PHYS(kernel.max_pfn)
         kernel.machine.print("NUMA turned off" if numa_off else "No NUMA configuration found")
         kernel.machine.print(f"Faking a node at [mem {0:#018x}-{end - 1:#018x}]")
@@ -37,7 +41,7 @@ def initmem_init(kernel: Kernel, srat: Srat | None) -> None:
     kernel.memblock.bottom_up = False
 
 
-def _blocks_of_srat(kernel: Kernel, srat: Srat) -> list[NumaBlock]:
+def _blocks_of_srat(kernel: Kernel, srat: Srat, localities: int) -> list[NumaBlock]:
     if srat.bad:
         kernel.machine.print(srat.bad)
         return []
@@ -45,6 +49,9 @@ def _blocks_of_srat(kernel: Kernel, srat: Srat) -> list[NumaBlock]:
         kernel.machine.print(affinity.line())
         if affinity.hotplug:
             kernel.memblock.mark_hotplug(affinity.start, affinity.end - affinity.start)
+        kernel.max_possible_pfn = max(kernel.max_possible_pfn, PFN_UP(affinity.end - 1))
+    if localities and srat.nodes:
+        kernel.memblock_alloc(srat.nodes**2, PAGE_SIZE, "numa_alloc_distance")
     return [NumaBlock(affinity.start, affinity.end, affinity.nid) for affinity in srat.memory]
 
 

@@ -21,6 +21,8 @@ from kernel.version import V6_3, KernelVersion
 
 BIOS_START_MAX = 0x9F000
 """Where the BIOS region starts if the BIOS data area does not say (arch/x86/kernel/ebda.c)."""
+BIOS_SEGMENT = 0xF0000
+_DMI_ANCHORS = (b"_SM_", b"_SM3_", b"_DMI_")
 REAL_MODE_SIZE = 7 * PAGE_SIZE
 """real_mode_blob of a 6.x kernel, seen in memblock=debug logs."""
 
@@ -45,6 +47,8 @@ def setup_arch(machine: Machine, version: KernelVersion = V6_3, image_size: int 
     e820_setup.e820_add_kernel_range(kernel)
     e820_setup.trim_bios_range(kernel)
     e820_setup.find_last_pfns(kernel)
+    if kernel.dmi or _dmi_below_1m(kernel):
+        kernel.extend_brk()  # what dmi_setup() remembers
     if kernel.brk.size:
         kernel.memblock.reserve(kernel.brk.start, kernel.brk.size, who="setup_arch")
     kernel.memblock.current_limit = ISA_END_ADDRESS
@@ -90,6 +94,14 @@ def _reserve_loaded_image(kernel: Kernel) -> None:
         if d.type == EfiMemoryType.EfiLoaderCode and d.start <= start < d.end:
             kernel.set_image(Range(start, d.end))
             kernel.memblock.reserve(start, kernel.image.size)
+
+
+def _dmi_below_1m(kernel: Kernel) -> bool:
+    """Whether a BIOS left an anchor of SMBIOS or DMI in its segment; EFI has a table for it."""
+    if kernel.params["efi_info.efi_systab"] or kernel.confidential:
+        return False
+    data = kernel.machine.memory.read(BIOS_SEGMENT, SZ_1M - BIOS_SEGMENT)
+    return any(data.startswith(_DMI_ANCHORS, at) for at in range(0, len(data), 16))
 
 
 def _reserve_real_mode(kernel: Kernel) -> None:

@@ -10,13 +10,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kernel.version import MAX_NUMNODES
+
 _FIRST_ENTRY = 48
 _REVISION = 8
 _PROCESSOR, _MEMORY, _X2APIC = 0, 1, 2
 _ENABLED, _HOT_PLUGGABLE, _NON_VOLATILE = 1, 2, 4
 _SIZES = {_PROCESSOR: 16, _MEMORY: 40, _X2APIC: 24}
-MAX_NUMNODES = 64
-"""Nodes that a kernel with NODES_SHIFT=6 knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Srat:
     memory: tuple[MemoryAffinity, ...]
     cpus: tuple[tuple[int, int], ...]
     bad: str | None = None
+
+    @property
+    def nodes(self) -> int:
+        """One more than the highest node that is named."""
+        return max([*(m.nid for m in self.memory), *(nid for _, nid in self.cpus)], default=-1) + 1
 
 
 def parse_srat(data: bytes) -> Srat:

@@ -27,9 +27,9 @@ def mem_encrypt_setup_arch(kernel: Kernel) -> None:
 def swiotlb_init(kernel: Kernel, cpus: int = 1) -> None:
     """Allocate the buffers, a power of two of them, from memory below 4 GiB. Without room there are fewer, or none.
 
-    A guest that is not confidential and has no memory above 4 GiB needs none. ``cpus`` share the slots' areas.
+    A guest that is not confidential and can have no memory above 4 GiB needs none. ``cpus`` share the slots' areas.
     """
-    if not kernel.confidential and kernel.max_pfn <= PFN_DOWN(SZ_4G):
+    if not kernel.confidential and kernel.max_possible_pfn <= PFN_DOWN(SZ_4G):
         return
     who, wanted = "swiotlb_init_remap", kernel.swiotlb_size or IO_TLB_DEFAULT_SIZE
     size = 1 << (wanted - 1).bit_length()

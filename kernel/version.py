@@ -23,7 +23,7 @@ class KernelVersion:
     EFI map leave e820 (6.2). ``trims_numa_to_dram``: node ranges are cut to memblock's memory, and not to page 0 and
     max_pfn (6.12, numa_cleanup_meminfo()). ``node_data``: pg_data_t as alloc_node_data() rounds it.
     ``percpu_static``: the section of per-CPU variables. ``pcpu_chunk``: struct pcpu_chunk with its bitmap of one word.
-    ``percpu_cpumasks``: cpumasks beside those of nodes.
+    ``percpu_cpumasks``: cpumasks beside those of nodes. ``says_freed_efi``: boot services memory is freed with a line.
     """
 
     name: str
@@ -36,22 +36,31 @@ class KernelVersion:
     percpu_static: int
     pcpu_chunk: int
     percpu_cpumasks: int
+    says_freed_efi: bool
+
+    def efi_minor(self, minor: int) -> str:
+        """The minor version of UEFI as it is printed: ``70`` up to 6.1, then ``7``, or ``7.1`` for 71."""
+        if self.updates_kexec_table and not self.removes_efi_mmio:
+            return f"{minor:02}"
+        return f"{minor // 10}.{minor % 10}" if minor % 10 else str(minor // 10)
 
 
 V6_1 = KernelVersion(
     "6.1", V9_MEMBLOCK, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=False, trims_numa_to_dram=False,
-    node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4,
+    node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
 )  # fmt: skip
 V6_3 = KernelVersion(
     "6.3", V9_MEMBLOCK, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=True, trims_numa_to_dram=False,
-    node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4,
+    node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
 )  # fmt: skip
 """The base of the v9 series; sizes as in 6.1."""
 V6_12 = KernelVersion(
     "6.12", MAINLINE_MEMBLOCK, RAM_AND_ACPI, updates_kexec_table=False, removes_efi_mmio=True, trims_numa_to_dram=True,
-    node_data=0x2A980, percpu_static=233_472, pcpu_chunk=200, percpu_cpumasks=1,
+    node_data=0x2A980, percpu_static=233_472, pcpu_chunk=200, percpu_cpumasks=1, says_freed_efi=True,
 )  # fmt: skip
 
+MAX_NUMNODES = 1 << 10
+"""Nodes that a kernel with CONFIG_MAXSMP knows."""
 VERSIONS = {version.name: version for version in (V6_1, V6_3, V6_12)}
 BY_PROTOCOL = {"v9": V6_3, "mainline": V6_12}
 """The kernel that a protocol of the boot stub belongs to."""
