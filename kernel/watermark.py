@@ -71,7 +71,7 @@ def _spaced(wmark_min: int, share: int, managed: int) -> Watermarks:
 
 def zone_batchsize(managed: int) -> int:
     """``pcp->batch`` of a zone with ``managed`` pages; 0 is none, which the kernel makes 1 (``zone_batchsize``)."""
-    batch = max(min(managed >> 10, SZ_1M >> PAGE_SHIFT), 1)
+    batch = max(min(managed >> 10, SZ_1M >> PAGE_SHIFT) // 4, 1)
     return (1 << (batch + batch // 2).bit_length() - 1) - 1
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
     "map": "show, convert and compare memory maps",
     "conform": "run recorded answers of the real code through our stages",
+    "replay": "run captured boots of real kernels through our kernel stages and compare",
     "judge": "run our stub and a real one on random memory maps; do they do the same?",
 }
 """Every verb has a module of its own in tools/, with ``add_arguments(parser)`` and ``run(args)``."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
+from firmware.efi_types import EfiMemoryType
 from guest.errors import FormatError
 from guest.ranges import Range
 from guest.records import RecordCopy
@@ -77,12 +78,24 @@ class Capture:
 
     @property
     def image(self) -> Range | None:
-        """Where the kernel lay, from its code to the end of its bss, by /proc/iomem; None if that is not known."""
+        """Where the kernel lay, from its code to the end of its bss, by /proc/iomem; None if that is not known.
+
+        Without that file, by the brk area that it reserved behind its bss, and the EFI memory that it was loaded into.
+        """
         text = _read_text(self.directory, "iomem.txt") or ""
         found = {name: (int(start, 16), int(end, 16)) for start, end, name in _KERNEL_RESOURCE.findall(text)}
         if not found.keys() >= {"code", "bss"}:
-            return None
+            return self._image_by_log()
         return Range(found["code"][0], found["bss"][1] + 1)
+
+    def _image_by_log(self) -> Range | None:
+        brk = next((found for line in self.log if (found := _BRK.match(line))), None)
+        entries = self.json("efi-memmap.json").get("entries", [])
+        for entry in entries if brk and isinstance(entries, list) else []:
+            start, end = int(entry.get("start", 0)), int(entry.get("end", 0))
+            if brk and entry.get("type") == EfiMemoryType.EfiLoaderCode and start < int(brk[1], 16) <= end:
+                return Range(start, int(brk[1], 16))
+        return None
 
     @property
     def cpu_flags(self) -> frozenset[str]:
@@ -125,6 +138,7 @@ def _node(directory: Path) -> tuple[int, bytes] | None:
     return None if data is None else (_number(kind), data)
 
 
+_BRK = re.compile(r"memblock_reserve: \[(0x\w+)-0x\w+\] setup_arch\+")
 _UPDATE = re.compile(r"e820: update \[mem (0x\w+)-0x\w+\] usable ==> usable")
 _KERNEL_RESOURCE = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : Kernel (code|bss)$", re.MULTILINE)
 _TIME = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\] ")
