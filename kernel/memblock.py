@@ -385,6 +385,11 @@ class Memblock:
 
     # Handing over to the page allocator.
 
+    def discard(self) -> list[Range]:
+        """Where doubled region arrays lie, which nobody needs any more (``memblock_discard``)."""
+        places, self._array_at = list(self._array_at.values()), {}
+        return places
+
     def free_all(self, max_low_pfn: int) -> list[Range]:
         """What the page allocator gets: free memory as ranges of page frame numbers, ascending, whole pages only.
 

@@ -72,6 +72,8 @@ def mm_init(kernel: Kernel) -> None:
     for pages in kernel.memblock.free_all(kernel.max_pfn):
         allocator.free_pages_core(pages.start, pages.end)
     _mem_init_print_info(kernel, zones)
+    for place in kernel.memblock.discard():
+        allocator.free_pages_core(PFN_DOWN(place.start), PFN_DOWN(place.end))
     efi_free_boot_services(kernel, allocator)
 
 

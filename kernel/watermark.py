@@ -70,9 +70,9 @@ def _spaced(wmark_min: int, share: int, managed: int) -> Watermarks:
 
 
 def zone_batchsize(managed: int) -> int:
-    """``pcp->batch`` of a zone with ``managed`` pages; 0 is none, which the kernel makes 1 (``zone_batchsize``)."""
+    """``pcp->batch`` of a zone with ``managed`` pages (``zone_batchsize``, and at least 1 where it is used)."""
     batch = max(min(managed >> 10, SZ_1M >> PAGE_SHIFT) // 4, 1)
-    return (1 << (batch + batch // 2).bit_length() - 1) - 1
+    return max((1 << (batch + batch // 2).bit_length() - 1) - 1, 1)
 
 
 def zone_highsize(managed: int, low_wmark: int, batch: int, cpus: int, high_fraction: int = 0) -> int:

@@ -1,8 +1,8 @@
 """Comparing our zones with a capture's /proc/zoneinfo.
 
-Spanned and present pages are ours. Managed pages depend on what the captured kernel allocated and freed besides what
-is modelled; the watermarks, reserves and batches are therefore computed from the captured managed pages, as they were
-when the kernel set the watermarks: without what it freed later, by its log.
+Spanned, present and managed pages are ours; the captured kernel has freed its init sections and more since, by its log.
+Watermarks, reserves and batches are computed from the captured managed pages, as they were when the kernel set the
+watermarks: without what it freed later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from tools.captures.capture import Capture
 from tools.captures.compare import Difference, Row
 from tools.captures.zoneinfo import CapturedZone, parse_zoneinfo
 
-_FREED = re.compile(r"Freeing (initrd|unused [\w ]+(?:\([\w/ ]+\))?) memory: (\d+)K$")
+_FREED = re.compile(r"Freeing (SMP alternatives|initrd|unused [\w ]+(?:\([\w/ ]+\))?) memory: (\d+)K$")
+_BEFORE = "SMP alternatives"
+"""What is freed before the kernel sets its watermarks."""
 _EFI_FREED = re.compile(r"Freeing EFI boot services memory: (\d+)K$")
 
 
@@ -35,8 +37,9 @@ def compare_zones(capture: Capture, zones: Sequence[Zone]) -> Iterator[Row]:
         return
     captured = parse_zoneinfo(text)
     ours = {(zone.node, zone.name): zone for zone in zones}
-    yield _sizes(captured, ours)
-    yield _managed(capture, captured, ours)
+    plugged = _plugged(capture, captured, ours)
+    yield _sizes(captured, ours, plugged)
+    yield _managed(capture, captured, ours, plugged)
     populated = [zone for zone in captured if zone.present]
     then = _at_watermarks(capture, populated)
     yield _min_free_kbytes(capture, then)
@@ -53,25 +56,26 @@ def _name(zone: CapturedZone) -> str:
     return f"node {zone.node} {zone.name}"
 
 
-def _sizes(captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone]) -> Row:
+def _sizes(
+    captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone], plugged: set[tuple[int, str]]
+) -> Row:
     """Start, spanned and present pages of every zone."""
-    pairs = []
+    differences = []
     for zone in captured:
         mine = ours.get((zone.node, zone.name))
         start, spanned, present = (mine.zone_start_pfn, mine.spanned_pages, mine.present_pages) if mine else (0, 0, 0)
         form = "{} start {:#x} spanned {} present {}".format
         start = start if zone.present else zone.start_pfn  # not shown where there is no memory
-        pairs.append(
-            (
-                form(_name(zone), start, spanned, present),
-                form(_name(zone), zone.start_pfn, zone.spanned, zone.present),
-            )
-        )
-    return _row("zones: spanned and present", pairs)
+        mine_text = form(_name(zone), start, spanned, present)
+        theirs = form(_name(zone), zone.start_pfn, zone.spanned, zone.present)
+        if mine_text != theirs:
+            cause = _PLUGGED if (zone.node, zone.name) in plugged else None
+            differences.append(Difference(mine_text, theirs, cause))
+    return Row("zones: spanned and present", len(captured), tuple(differences))
 
 
 def freed_later(capture: Capture) -> list[tuple[str, int, int]]:
-    """What the kernel freed after it had set its watermarks, by its log: name, pages, an address in its zone."""
+    """What the kernel freed after mm_init, by its log: name, pages, an address in its zone."""
     image, params = capture.image, capture.params
     ramdisk = params["ext_ramdisk_image"] << 32 | params["hdr.ramdisk_image"]
     moved = next((m for line in capture.log if (m := re.match(r"Allocated new RAMDISK: \[mem (0x\w+)-", line))), None)
@@ -90,7 +94,7 @@ def _at_watermarks(capture: Capture, captured: Sequence[CapturedZone]) -> list[Z
     zones = []
     for zone in captured:
         kind = ZoneType[f"ZONE_{zone.name.upper()}"]
-        late = sum(n for _, n, at in freed if zone.start_pfn <= PFN_DOWN(at) < zone.start_pfn + zone.spanned)
+        late = sum(n for what, n, at in freed if what != _BEFORE and _holds(zone, at))
         zones.append(Zone(kind, zone.start_pfn, zone.spanned, zone.present, zone.managed - late, node=zone.node))
     if efi and sum(zone.managed_pages for zone in zones) < THP_MIN_PAGES:  # set once, before boot services were freed
         low = max((zone for zone in zones if zone.zone_type <= ZoneType.ZONE_DMA32), key=lambda z: z.present_pages)
@@ -98,29 +102,43 @@ def _at_watermarks(capture: Capture, captured: Sequence[CapturedZone]) -> list[Z
     return zones
 
 
-def _managed(capture: Capture, captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone]) -> Row:
-    """Managed pages, which differ by what was freed later and by what is not modelled."""
+def _managed(
+    capture: Capture, captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone], plugged: set[tuple[int, str]]
+) -> Row:
+    """Managed pages, which differ by what was freed after mm_init."""
     freed = freed_later(capture)
     differences = []
     for zone in captured:
         mine = ours.get((zone.node, zone.name))
         managed = mine.managed_pages if mine else 0
-        late = [(n, what) for what, n, at in freed if zone.start_pfn <= PFN_DOWN(at) < zone.start_pfn + zone.spanned]
+        late = [(n, what) for what, n, at in freed if _holds(zone, at)]
         rest = zone.managed - managed - sum(n for n, _ in late)
         if zone.managed == managed:
             continue
-        causes = [f"{n} pages freed later ({what})" for n, what in late]
-        if rest:
-            what = "more" if rest > 0 else "fewer"
-            causes.append(f"{abs(rest)} pages {what} by what is not modelled: {_unmodelled(rest, zone)}")
+        cause = "freed later: " + ", ".join(f"{n} pages {what}" for n, what in late) if not rest else None
+        if (zone.node, zone.name) in plugged:
+            cause = _PLUGGED
         differences.append(
-            Difference(f"{_name(zone)} managed {managed}", f"{_name(zone)} managed {zone.managed}", "; ".join(causes))
+            Difference(f"{_name(zone)} managed {managed}", f"{_name(zone)} managed {zone.managed}", cause)
         )
     return Row("zones: managed", len(captured), tuple(differences))
 
 
-def _unmodelled(rest: int, zone: CapturedZone) -> str:
-    return "boot services and kernel sections freed without a line" if rest > 0 else "memory that drivers took"
+_PLUGGED = "memory that was plugged in, or taken over by a driver, after the boot"
+
+
+def _plugged(
+    capture: Capture, captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone]
+) -> set[tuple[int, str]]:
+    """Zones where /proc/iomem has RAM, though the boot knew of none there."""
+    text = capture.text("iomem.txt") or ""
+    ram = [int(at, 16) for at in re.findall(r"^ *([0-9a-f]+)-[0-9a-f]+ : System RAM(?: \(\w+\))?$", text, re.MULTILINE)]
+    empty = [z for z in captured if (z.node, z.name) not in ours or not ours[z.node, z.name].present_pages]
+    return {(zone.node, zone.name) for zone in empty if any(_holds(zone, at) for at in ram)}
+
+
+def _holds(zone: CapturedZone, address: int) -> bool:
+    return zone.start_pfn <= PFN_DOWN(address) < zone.start_pfn + zone.spanned
 
 
 def _min_free_kbytes(capture: Capture, then: Sequence[Zone]) -> Row:
@@ -140,11 +158,11 @@ def _watermarks(capture: Capture, captured: Sequence[CapturedZone], then: Sequen
     late = "sysctl.vm.min_free_kbytes" in capture.command_line
     zones = at_end if late else at_boot
     marks, protections = [], []
-    for zone, theirs in zip(zones, captured, strict=True):
+    for zone, boot, theirs in zip(zones, at_boot, captured, strict=True):
         mark = zone.watermark
         mine = (mark.min, mark.low, mark.high, mark.promo)[: len(theirs.marks)]
         marks.append((f"{_name(theirs)} {mine}", f"{_name(theirs)} {theirs.marks}"))
-        mine = zone.lowmem_reserve
+        mine = boot.lowmem_reserve  # what sysctl leaves alone
         protections.append((f"{_name(theirs)} {mine}", f"{_name(theirs)} {theirs.protection}"))
     yield _row("watermarks from managed", marks)
     yield _row("lowmem protection", protections)
