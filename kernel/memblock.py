@@ -59,7 +59,7 @@ class Memblock:
     ``panic(text)`` is the exception to raise where the kernel panics.
     ``movable_node`` and ``mirrored_kernelcore`` are the boot parameters ``movable_node`` and
     ``kernelcore=mirror``. ``debug``, if set, gets the lines that ``memblock=debug`` prints, without offsets behind
-    the function names.
+    the function names. ``accepted`` is what was given to ``accept_memory``, in order.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Memblock:
         self.mirrored_kernelcore = mirrored_kernelcore
         self._has_mirror = False
         self.debug: Callable[[str], None] | None = None
+        self.accepted: list[Range] = []
 
     # Registering memory. The result is 0, or -ENOMEM if a region array is full: then nothing has changed.
 
@@ -266,7 +267,7 @@ class Memblock:
             for node in nodes:
                 found = self._find_in_range_node(size, align, start, end, flags, node)
                 if found and not self.reserve(found, size, who="memblock_alloc_range_nid"):
-                    self._accept_memory(found, found + size)
+                    self._accept(found, found + size)
                     return found
         return 0
 
@@ -290,6 +291,10 @@ class Memblock:
                     self._clear_memory(found, found + size)
                 return found
         return 0
+
+    def _accept(self, start: int, end: int) -> None:
+        self.accepted.append(Range(start, end))
+        self._accept_memory(start, end)
 
     def _choose_flags(self) -> list[MemblockFlags]:
         """The kinds of memory to look for, one after the other (choose_memblock_flags())."""
@@ -370,7 +375,7 @@ class Memblock:
         if not found:
             return False
         if self.version.accepts_array:
-            self._accept_memory(found, found + room)
+            self._accept(found, found + room)
         self._clear_memory(found, found + new_size)
         array.max *= 2
         who = "memblock_double_array"

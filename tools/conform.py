@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
     runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
-    parser.add_argument("--ours", action="store_true", help="for stub: run our stage on the image, not its own code")
+    parser.add_argument("--ours", action="store_true", help="for stub and boot: run our stages, not the image's own code")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
@@ -156,7 +156,9 @@ def _image(kernel: str | None) -> tuple[bytes, ...]:
 
 def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     family = _family(path, tuple(FAMILIES))
-    run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None, _ours(family, args))
+    ours = _ours(family, args)
+    needs_image = FAMILIES[family] and not (ours and family == "boot")
+    run_case = _RunCase(family, _kernel(path, args) if needs_image else None, ours)
     cases, differing, reasons = 0, [], Counter[str]()
     for outcome in counted("cases", in_parallel(run_case, islice(_cases(path), args.limit), args.jobs, _chunk(family))):
         cases += 1
@@ -204,8 +206,8 @@ def _family(path: Path, known: tuple[str, ...]) -> str:
 
 
 def _ours(family: str, args: argparse.Namespace) -> bool:
-    if args.ours and family != "stub":
-        raise FormatError("--ours", found=f"family {family!r}", expected="stub", source=_SOURCE)
+    if args.ours and family not in ("stub", "boot"):
+        raise FormatError("--ours", found=f"family {family!r}", expected="stub or boot", source=_SOURCE)
     return bool(args.ours)
 
 
