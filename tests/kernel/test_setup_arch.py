@@ -54,7 +54,16 @@ def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> li
         f"last_pfn = {high_end >> 12:#x} max_arch_pfn = 0x10000000000",
         "last_pfn = 0x7fef4 max_arch_pfn = 0x10000000000",
         f"software IO TLB: SWIOTLB bounce buffer size adjusted to {swiotlb}MB",
+        "Using GB pages for direct mapping",
     ]
+
+
+ACPI_LINES = [
+    "ACPI: Reserving FACP table memory at [mem 0x7f76c060-0x7f76c173]",
+    "ACPI: Reserving DSDT table memory at [mem 0x7f76c000-0x7f76c054]",
+    "ACPI: Reserving APIC table memory at [mem 0x7f76c180-0x7f76c1b3]",
+    "ACPI: Reserving WAET table memory at [mem 0x7f76c1c0-0x7f76c1e7]",
+]
 
 
 @pytest.mark.parametrize(
@@ -64,14 +73,14 @@ def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> li
 def test_log(new_boot, log, memory, high_end, swiotlb):
     """Line by line what setup_arch prints for a guest with memory above 4 GiB."""
     boot = new_boot("setup-arch", memory=memory, cmdline="quiet")
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end, swiotlb)
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end, swiotlb) + ACPI_LINES
 
 
 def test_log_with_an_initrd(new_boot, log):
-    """The initrd is announced last, and it is reserved to the end of its last page."""
+    """The initrd is announced behind the direct map, and it is reserved to the end of its last page."""
     boot = new_boot("setup-arch", initrd=INITRD, cmdline="quiet")
-    ramdisk = ["RAMDISK: [mem 0x7d8f8000-0x7d8fa70f]"]
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB, 245) + ramdisk
+    ramdisk = ["RAMDISK: [mem 0x7d8f8000-0x7d8fafff]"]
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB, 245) + ramdisk + ACPI_LINES
     assert all(boot.kernel.memblock.is_reserved(at) for at in (0x7D8F8000, 0x7D8FA70F, 0x7D8FAFFF))
     assert boot.physical.read(0x7D8F8000, len(INITRD)) == INITRD
 
