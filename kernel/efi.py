@@ -199,14 +199,14 @@ class _SystemTable:
 
 def _system_table(machine: Machine, at: int) -> _SystemTable:
     table = GuestRecord(machine.memory, at, EFI_SYSTEM_TABLE)
-    names = ("Hdr.Revision", "FirmwareVendor", "NumberOfTableEntries", "ConfigurationTable")
-    return _SystemTable(*(table[name] for name in names), width=8)
+    count, tables = table["NumberOfTableEntries"], table["ConfigurationTable"]
+    return _SystemTable(table["Hdr.Revision"], table["FirmwareVendor"], count, tables, width=8)
 
 
 def _system_table_32(machine: Machine, at: int) -> _SystemTable:
     """The table of 32-bit firmware, which starts a 64-bit kernel in mixed mode."""
-    words = [machine.memory.read_uint(at + offset, 4) for offset in (8, 24, 64, 68)]
-    return _SystemTable(*words, width=4)
+    revision, vendor, count, tables = (machine.memory.read_uint(at + offset, 4) for offset in (8, 24, 64, 68))
+    return _SystemTable(revision, vendor, count, tables, width=4)
 
 
 def _known_tables(kernel: Kernel, found: _SystemTable) -> Iterator[tuple[str, int]]:

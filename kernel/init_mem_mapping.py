@@ -127,12 +127,14 @@ class _DirectMap:
 
     def _split_mem_range(self, start: int, end: int) -> Iterator[_Mapping]:
         """Parts of the range by the page size that they allow."""
-        for low, high, page_size in _aligned_parts(start, end, self._kernel.gbpages):
-            for size in (PMD_SIZE, _PUD_SIZE if self._kernel.gbpages else PMD_SIZE):
-                around = Range(round_down(low, size), round_up(high, size))
-                if size > page_size and self._kernel.memblock.is_region_memory(around.start, around.size):
-                    page_size = size
-            yield _Mapping(low, high, page_size)
+        sizes = (PMD_SIZE, _PUD_SIZE) if self._kernel.gbpages else (PMD_SIZE,)
+        for low, high, aligned in _aligned_parts(start, end, self._kernel.gbpages):
+            fitting = [size for size in sizes if self._all_memory(round_down(low, size), round_up(high, size))]
+            yield _Mapping(low, high, max([aligned, *fitting]))
+
+    def _all_memory(self, start: int, end: int) -> bool:
+        """Whether a page that is larger than the range maps nothing but memory."""
+        return self._kernel.memblock.is_region_memory(start, end - start)
 
     def _map(self, mapping: _Mapping) -> None:
         """Take tables for the range in the order of its addresses."""

@@ -22,6 +22,7 @@ from kernel.version import V6_3, KernelVersion
 from tdx.guest import PlatformAccept, tdx_guest_detected
 
 COMMAND_LINE_SIZE = 2048
+NOWHERE = Range(0, 0)
 PGT_BUF_PAGES = 16
 """Pages of brk for early page tables (arch/x86/mm/init.c, INIT_PGT_BUF_SIZE with CONFIG_RANDOMIZE_MEMORY)."""
 MAX_PHYSMEM_BITS, MAX_PHYSMEM_BITS_LA57 = 46, 52
@@ -48,8 +49,8 @@ class Kernel:
     unaccepted: UnacceptedMemory
     memblock: Memblock
     version: KernelVersion = V6_3
-    brk: Range = Range(0, 0)
-    pgt_buf: Range = Range(0, 0)
+    brk: Range = NOWHERE
+    pgt_buf: Range = NOWHERE
     la57: bool = False
     gbpages: bool = False
     memory_kaslr: bool = False

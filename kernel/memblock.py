@@ -90,9 +90,7 @@ class Memblock:
 
     # Registering memory. The result is 0, or -ENOMEM if a region array is full: then nothing has changed.
 
-    def add(
-        self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE, *, who: str = ""
-    ) -> int:
+    def add(self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE, *, who: str = "") -> int:
         """There is memory at ``base``. Nothing is accepted."""
         self._say_range("add", base, size, who)
         return self.memory.add_range(base, size, int(flags))
@@ -380,7 +378,9 @@ class Memblock:
         array.max *= 2
         who = "memblock_double_array"
         if self.debug:
-            self.debug(f"memblock: {array.name} is doubled to {array.max} at [{found:#018x}-{found + new_size - 1:#018x}]")
+            self.debug(
+                f"memblock: {array.name} is doubled to {array.max} at [{found:#018x}-{found + new_size - 1:#018x}]"
+            )
         old, self._array_at[array.name] = self._array_at.get(array.name), Range(found, found + room)
         if old is not None:
             self.phys_free(old.start, old.size, who=who)

@@ -83,5 +83,6 @@ def _parse_types(size: int, text: str) -> MapEdit | None:
         old, rest = memparse(rest[1:])
     if rest.startswith("+"):
         new, rest = memparse(rest[1:])
-    types = (number & 0xFFFFFFFF or None for number in (old, new))
-    return None if rest else MapEdit(start, size, *types)
+    if rest:
+        return None
+    return MapEdit(start, size, old & 0xFFFFFFFF or None, new & 0xFFFFFFFF or None)

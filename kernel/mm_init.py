@@ -124,8 +124,8 @@ def _zone_sizes_init(kernel: Kernel) -> list[Zone]:
 def _nr_kernel_pages(kernel: Kernel, zones: Sequence[Zone]) -> int:
     """What hash tables are sized by: free memory (6.10 on), or memory without its struct pages."""
     if kernel.version.trims_numa_to_dram:
-        pages = (PFN_DOWN(free.end) - PFN_UP(free.start) for free in kernel.memblock.free_ranges())
-        return sum(count for count in pages if count > 0)
+        counts = (PFN_DOWN(free.end) - PFN_UP(free.start) for free in kernel.memblock.free_ranges())
+        return sum(count for count in counts if count > 0)
     total = 0
     for zone in zones:
         sparse = zone.spanned_pages > zone.present_pages + (zone.present_pages >> 4)

@@ -140,5 +140,3 @@ def _alloc_node_data(kernel: Kernel, nid: int) -> None:
     if region is not None and region.nid != nid:
         kernel.machine.print(f"    NODE_DATA({nid}) on node {region.nid}")
     kernel.node_data[nid] = found
-
-

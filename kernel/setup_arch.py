@@ -140,5 +140,3 @@ def _acpi_boot_table_init(kernel: Kernel) -> None:
         where = f"[mem {table.gpa:#x}-{table.gpa + table.size - 1:#x}]"
         kernel.machine.print(f"ACPI: Reserving {table.signature} table memory at {where}")
         kernel.memblock.reserve(table.gpa, table.size, who="acpi_reserve_initial_tables")
-
-

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
     runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
-    parser.add_argument("--ours", action="store_true", help="for stub and boot: run our stages, not the image's own code")
+    parser.add_argument(
+        "--ours", action="store_true", help="for stub and boot: run our stages, not the image's own code"
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")

@@ -19,7 +19,9 @@ SHOWN = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("captures", metavar="DIR", nargs="+", help="captured boots: boot_params.bin, dmesg.txt(.gz), ...")
+    parser.add_argument(
+        "captures", metavar="DIR", nargs="+", help="captured boots: boot_params.bin, dmesg.txt(.gz), ..."
+    )
     parser.add_argument("--all", action="store_true", help=f"print all differences, not {SHOWN} of each subject")
     parser.add_argument("--log", action="store_true", help="print our kernel's log and compare nothing")
     add_json_option(parser)
@@ -80,9 +82,7 @@ def _to_json(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     subjects = {
         row.subject: {
             "compared": row.compared,
-            "differences": [
-                {"ours": d.ours, "captured": d.captured, "cause": d.cause} for d in row.differences
-            ],
+            "differences": [{"ours": d.ours, "captured": d.captured, "cause": d.cause} for d in row.differences],
         }
         for row in rows
     }

@@ -37,8 +37,10 @@ class Row:
 
 
 SUBJECTS = {
-    "e820": r"(BIOS-\w+|extended|reserve setup_data|user): \[mem |e820: (update|remove) |(BIOS-provided|extended|user-defined"
-    r") physical RAM map:",
+    "e820": (
+        r"(BIOS-\w+|extended|reserve setup_data|user): \[mem |e820: (update|remove) |"
+        r"(BIOS-provided|extended|user-defined) physical RAM map:"
+    ),
     "last page frames": r"last_pfn = ",
     "PCI gap": r"\[mem .*available for PCI devices",
     "EFI": r"efi: (EFI v|Remove mem)",

@@ -56,9 +56,7 @@ def _name(zone: CapturedZone) -> str:
     return f"node {zone.node} {zone.name}"
 
 
-def _sizes(
-    captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone], plugged: set[tuple[int, str]]
-) -> Row:
+def _sizes(captured: Sequence[CapturedZone], ours: dict[tuple[int, str], Zone], plugged: set[tuple[int, str]]) -> Row:
     """Start, spanned and present pages of every zone."""
     differences = []
     for zone in captured:

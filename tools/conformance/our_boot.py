@@ -7,11 +7,11 @@ order, and what the TD had to accept for them. What the real kernel accepts late
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, build_e820_table
+from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, EFI64_LOADER_SIGNATURE, build_e820_table
 from bootstub.efi_e820 import e820_entries
-from bootstub.exit_boot import EFI64_LOADER_SIGNATURE
 from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY, TABLE_VERSION, UnacceptedTable
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, EfiMemoryType, guid_bytes
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor, pack_map
@@ -38,9 +38,7 @@ _CONFIG = TdConfig(gpaw=40, sept_ve_disable=False, flexible_pending_ve=True)
 def compare(case: dict[str, Any]) -> list[str]:
     """The differences, one line each."""
     kernel, lines, pending = _run(case)
-    recorded = [
-        [call["start"], call["size"]] for call in case["accept_memory_calls"] if _MEMBLOCK & set(call["by"])
-    ]
+    recorded = [[call["start"], call["size"]] for call in case["accept_memory_calls"] if _MEMBLOCK & set(call["by"])]
     pairs = {
         "e820": (_starting(lines, "BIOS-e820: "), _stripped(case["e820"])),
         "zones": (_after(lines, "Zone ranges:"), _stripped(case["zones"])),
@@ -148,7 +146,7 @@ def _after(lines: list[str], title: str) -> list[str]:
     return found
 
 
-def _total(lines: list[str | None]) -> str:
+def _total(lines: Sequence[str | None]) -> str:
     """All present memory, by the ``Memory:`` line."""
     line = next((line for line in lines if line and line.startswith("Memory: ")), "")
     return line.partition("/")[2].partition(" ")[0]
