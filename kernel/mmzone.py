@@ -61,9 +61,9 @@ class Zone:
     lowmem_reserve: tuple[int, ...] = (0,) * MAX_NR_ZONES
     nr_free_pages: int = 0
     nr_unaccepted: int = 0
+    node: int = 0
     free_area: FreeArea = field(default_factory=FreeArea, repr=False)
     unaccepted_pages: BlockRuns = field(default_factory=BlockRuns, repr=False)
-    node: int = 0
 
     @property
     def name(self) -> str:

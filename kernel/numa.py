@@ -7,7 +7,8 @@ alloc_node_data().
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from guest.units import PAGE_SIZE, PFN_PHYS, PFN_UP, SZ_1M
 from kernel.kernel import Kernel
@@ -89,28 +90,49 @@ def _cleanup_meminfo(kernel: Kernel, blocks: Sequence[NumaBlock]) -> list[NumaBl
         if memblock.memory.overlaps_region(block.start, block.end - block.start)
     ]
     kept = [block for block in kept if block.start < block.end]
-    index = 0
-    while index < len(kept):
-        other = index + 1
-        while other < len(kept):
-            one, two = kept[index], kept[other]
-            if one.nid != two.nid and one.end > two.start and one.start < two.end:
-                texts = [f"node {b.nid} [mem {b.start:#010x}-{b.end - 1:#010x}]" for b in (one, two)]
-                kernel.machine.print(f"NUMA: {texts[0]} overlaps with {texts[1]}")
-                return None
-            joined = replace(one, start=min(one.start, two.start), end=max(one.end, two.end))
-            if one.nid != two.nid or _meets_other_node(joined, kept):
-                other += 1
-                continue
-            kernel.machine.print(f"NUMA: Node {one.nid} {_mem(one)} + {_mem(two)} -> {_mem(joined)}")
-            kept[index] = joined
-            del kept[other]
-        index += 1
-    return kept
+    contradiction = _contradiction(kept)
+    if contradiction:
+        one, two = contradiction
+        kernel.machine.print(f"node {one.nid} {_mem(one)} overlaps with node {two.nid} {_mem(two)}")
+        return None
+    return _joined(kernel, kept)
 
 
-def _meets_other_node(block: NumaBlock, blocks: Sequence[NumaBlock]) -> bool:
-    return any(other.nid != block.nid and block.start < other.end and block.end > other.start for other in blocks)
+def _contradiction(blocks: Sequence[NumaBlock]) -> tuple[NumaBlock, NumaBlock] | None:
+    """Two blocks of different nodes that share an address."""
+    furthest: list[NumaBlock] = []  # of two nodes, the one that reaches furthest last
+    for block in sorted(blocks, key=lambda block: block.start):
+        for other in furthest:
+            if other.nid != block.nid and other.end > block.start:
+                return other, block
+        ends = {other.nid: other for other in sorted([*furthest, block], key=lambda other: other.end)}
+        furthest = sorted(ends.values(), key=lambda other: other.end)[-2:]
+    return None
+
+
+def _joined(kernel: Kernel, blocks: list[NumaBlock]) -> list[NumaBlock]:
+    """Blocks of a node as one, unless memory of another node lies between them."""
+    runs, joined = _runs(blocks), dict[int, NumaBlock]()
+    members: dict[int, list[NumaBlock]] = {}
+    for block in blocks:
+        members.setdefault(runs[block], []).append(block)
+    for run, (first, *others) in members.items():
+        one = first
+        for two in others:
+            both = NumaBlock(min(one.start, two.start), max(one.end, two.end), one.nid)
+            if one.end > two.start and one.start < two.end:
+                kernel.machine.print(f"Warning: node {one.nid} {_mem(one)} overlaps with itself {_mem(two)}")
+            kernel.machine.print(f"NUMA: Node {one.nid} {_mem(one)} + {_mem(two)} -> {_mem(both)}")
+            one = both
+        joined[run] = one
+    return list(joined.values())
+
+
+def _runs(blocks: Sequence[NumaBlock]) -> dict[NumaBlock, int]:
+    """A number for each block: equal for those of a node that no other node's block lies between, by address."""
+    ordered = sorted(blocks, key=lambda block: block.start)
+    numbers = accumulate((int(a.nid != b.nid) for a, b in pairwise(ordered)), initial=0)
+    return dict(zip(ordered, numbers, strict=False))
 
 
 def _mem(block: NumaBlock) -> str:

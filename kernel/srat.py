@@ -16,6 +16,7 @@ _FIRST_ENTRY = 48
 _REVISION = 8
 _PROCESSOR, _MEMORY, _X2APIC = 0, 1, 2
 _ENABLED, _HOT_PLUGGABLE, _NON_VOLATILE = 1, 2, 4
+NR_NODE_MEMBLKS = 2 * MAX_NUMNODES
 _SIZES = {_PROCESSOR: 16, _MEMORY: 40, _X2APIC: 24}
 
 
@@ -74,6 +75,8 @@ def parse_srat(data: bytes) -> Srat:
             memory.append(
                 MemoryAffinity(nid, pxm, start, end, bool(flags & _HOT_PLUGGABLE), bool(flags & _NON_VOLATILE))
             )
+            if len(memory) > NR_NODE_MEMBLKS:
+                return Srat((), (), "too many memblk ranges")
     return Srat(tuple(memory), tuple(cpus))
 
 
