@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from guest.units import SZ_1G, SZ_1M, SZ_4G, SZ_16M, SZ_64M, SZ_128M, memparse, round_up
+from guest.units import SZ_1G, SZ_1M, SZ_4G, SZ_8M, SZ_16M, SZ_64M, SZ_128M, SZ_256M, memparse, round_up
 from kernel.kernel import Kernel
 
 CRASH_ALIGN = SZ_16M
@@ -39,8 +39,13 @@ def parse_crashkernel(command_line: str, system_ram: int, swiotlb: int = SZ_64M)
         parse = _parse_ranges if ":" in plain[-1] else _parse_simple
         found = parse(plain[-1], system_ram)
     else:
-        found = _parse_high(values, max(swiotlb + (8 << 20), 256 << 20))
+        found = _parse_high(values, _low_size(swiotlb))
     return found if found is not None and 0 < found.size < system_ram else None
+
+
+def _low_size(swiotlb: int) -> int:
+    """Low memory for a crash kernel that lies high (crash_low_size_default())."""
+    return max(swiotlb + SZ_8M, SZ_256M)
 
 
 def _parse_simple(value: str, system_ram: int) -> CrashKernel | None:
@@ -88,8 +93,8 @@ def reserve_crashkernel(kernel: Kernel) -> None:
     base = _find_place(kernel, wanted)
     if not base:
         return
-    size = wanted.size
-    if base >= CRASH_ADDR_LOW_MAX and not _reserve_low(kernel, wanted.low_size or 256 << 20):
+    size, low_size = wanted.size, wanted.low_size if wanted.high else _low_size(kernel.swiotlb_size or SZ_64M)
+    if base >= CRASH_ADDR_LOW_MAX and low_size and not _reserve_low(kernel, low_size):
         kernel.memblock.phys_free(base, size, who="reserve_crashkernel_generic")
         return
     kernel.machine.print(f"crashkernel reserved: {base:#018x} - {base + size:#018x} ({size >> 20} MB)")
