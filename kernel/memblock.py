@@ -14,6 +14,7 @@ from functools import partial
 from guest.errors import BootError, GuestPanic
 from guest.ranges import Range
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_UP, round_down, round_up
+from kernel.memblock_debug import alloc_line, doubled_line, dump_lines, range_line
 from kernel.memblock_iter import free_mem_ranges
 from kernel.memblock_type import (
     NUMA_NO_NODE,
@@ -248,8 +249,7 @@ class Memblock:
         Source: memblock_phys_alloc_range().
         """
         if self.debug:
-            what = f"{size} bytes align={align:#x} from={start:#018x} max_addr={end:#018x}"
-            self.debug(f"memblock_phys_alloc_range: {what} {who}")
+            self.debug(alloc_line("phys_alloc_range", size, align, None, start, end, who))
         return self.alloc_range_nid(size, align, start, end)
 
     def alloc_range_nid(
@@ -279,8 +279,7 @@ class Memblock:
         Source: memblock_alloc_try_nid(), memblock_alloc_internal().
         """
         if self.debug:
-            what = f"{size} bytes align={align:#x} nid={nid} from={min_addr:#018x} max_addr={max_addr:#018x}"
-            self.debug(f"memblock_{form}: {what} {who}")
+            self.debug(alloc_line(form, size, align, nid, min_addr, max_addr, who))
         max_addr = min(max_addr or self.current_limit, self.current_limit)
         for start in (min_addr, 0) if min_addr else (0,):
             found = self.alloc_range_nid(size, align, start, max_addr, nid, "exact_nid" in form)
@@ -328,24 +327,14 @@ class Memblock:
     # memblock=debug.
 
     def dump_all(self) -> None:
-        """Say what there is and what is taken (``memblock_dump_all``)."""
-        if not self.debug:
-            return
-        self.debug("MEMBLOCK configuration:")
-        memory, reserved = self.memory.total_size, self.reserved.total_size
-        self.debug(f" memory size = {memory:#018x} reserved size = {reserved:#018x}")
-        for array in (self.memory, self.reserved):
-            self.debug(f" {array.name}.cnt  = {len(array.regions):#x}")
-            for number, region in enumerate(array.regions):
-                node = "" if region.nid == NUMA_NO_NODE else f" on node {region.nid}"
-                where = f"[{region.base:#018x}-{region.end - 1:#018x}]"
-                self.debug(
-                    f" {array.name}[{number:#x}]\t{where}, {region.size:#018x} bytes{node} flags: {region.flags:#x}"
-                )
+        """Say what there is and what is taken."""
+        if self.debug:
+            for line in dump_lines(self.memory, self.reserved):
+                self.debug(line)
 
     def _say_range(self, what: str, base: int, size: int, who: str) -> None:
         if self.debug:
-            self.debug(f"memblock_{what}: [{base:#018x}-{(base + size - 1) % (1 << 64):#018x}] {who}")
+            self.debug(range_line(what, base, size, who))
 
     # Room for regions.
 
@@ -378,9 +367,7 @@ class Memblock:
         array.max *= 2
         who = "memblock_double_array"
         if self.debug:
-            self.debug(
-                f"memblock: {array.name} is doubled to {array.max} at [{found:#018x}-{found + new_size - 1:#018x}]"
-            )
+            self.debug(doubled_line(array, found, new_size))
         old, self._array_at[array.name] = self._array_at.get(array.name), Range(found, found + room)
         if old is not None:
             self.phys_free(old.start, old.size, who=who)

@@ -25,7 +25,7 @@ TOP = (1 << 64) - 1
         ("memmap=1G%4G", [MapEdit(4 * GIB, GIB)]),
         ("memmap=1G%4G-1+7x", []),
         ("memmap=1G", [MapEdit(GIB, TOP - GIB, old=1)]),
-        ("memmap=exactmap,640K@0,1G@1M", [MapEdit(exactmap=True), MapEdit(0, 640 << 10, new=1), MapEdit(MIB, GIB, new=1)]),
+        ("memmap=exactmap,640K@0", [MapEdit(exactmap=True), MapEdit(0, 640 << 10, new=1)]),
         ("memmap=1M@1M memmap=2M@4M", [MapEdit(MIB, MIB, new=1), MapEdit(4 * MIB, 2 * MIB, new=1)]),
         ("memmap=@1M", []),
         ("memmap=", []),
