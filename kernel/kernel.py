@@ -14,6 +14,7 @@ from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_BITS, SZ_2M, round_down
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import Memblock
+from kernel.mm_rules import V9_MM, MmRules
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept
@@ -38,6 +39,7 @@ class Kernel:
     boot_services: list[Range] = field(default_factory=list)
     max_pfn: int = 0
     swiotlb_size: int = 0
+    mm_rules: MmRules = V9_MM
     allocator: PageAllocator | None = None
 
     @classmethod

@@ -34,6 +34,7 @@ from guest.trace import StageBegin, StageEnd, Trace
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
+from kernel.mm_rules import MM_RULES
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
 from tdx.backing import Backing
@@ -219,6 +220,8 @@ def _decompress(boot: Boot) -> None:
 
 def _setup_arch(boot: Boot) -> None:
     boot.kernel = setup_arch(boot.machine)
+    if boot.config.protocol is not V9:
+        boot.kernel.mm_rules = MM_RULES[boot.config.protocol.name]
 
 
 def _mm_init(boot: Boot) -> None:
