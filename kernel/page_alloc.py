@@ -194,11 +194,12 @@ class PageAllocator:
     def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
         while start_pfn < end_pfn:
-            buddy = self._page_zone(start_pfn)
+            buddy = self.page_zone(start_pfn)
             yield buddy, start_pfn, min(end_pfn, buddy.zone.end_pfn)
             start_pfn = buddy.zone.end_pfn
 
-    def _page_zone(self, pfn: int) -> ZoneBuddy:
+    def page_zone(self, pfn: int) -> ZoneBuddy:
+        """The zone of a page; ``ValueError`` if it is in none."""
         index = bisect_right(self._starts, pfn) - 1
         if index < 0 or pfn >= self._by_start[index].zone.end_pfn:
             raise ValueError(f"page {pfn:#x}: it is in no zone")

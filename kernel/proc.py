@@ -77,7 +77,12 @@ def node_meminfo(allocator: PageAllocator, node: int) -> str:
         "MemUsed": managed - free << KBYTES_SHIFT,
         "Unaccepted": _total(zones, "nr_unaccepted") << KBYTES_SHIFT,
     }
-    return "".join(_meminfo_line(f"Node {node} ", 17, name, kbytes) for name in proc_names.NODE_MEMINFO)
+    narrow = () if allocator.rules.is_6_12 else ("FileHugePages", "FilePmdMapped")
+    lines = [_meminfo_line(f"Node {node} ", 17, name, kbytes) for name in proc_names.NODE_MEMINFO]
+    return "".join(
+        line.replace(": ", ":", 1) if name in narrow else line
+        for name, line in zip(proc_names.NODE_MEMINFO, lines, strict=True)
+    )
 
 
 def _meminfo_line(before: str, huge_columns: int, name: str, kbytes: Mapping[str, int]) -> str:

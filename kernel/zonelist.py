@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kernel.buddy import ORDER_BITS, ZoneBuddy
-from kernel.gfp import ALLOC_NOFRAGMENT, ALLOC_WMARK_LOW, Gfp, gfp_migratetype, gfp_zone
+from kernel.gfp import ALLOC_KSWAPD, ALLOC_NOFRAGMENT, ALLOC_WMARK_LOW, Gfp, gfp_migratetype, gfp_zone
 from kernel.mmzone import Zone, ZoneType
 from kernel.per_cpu_pages import PerCpuPages
 
@@ -105,7 +105,7 @@ class Zonelists:
 
     def _first_flags(self, gfp: int, preferred: ZoneBuddy) -> int:
         """``alloc_flags_nofragment``: spread to DMA32 before pageblocks of Normal are mixed."""
-        alloc_flags = ALLOC_WMARK_LOW | gfp & Gfp.KSWAPD_RECLAIM
+        alloc_flags = ALLOC_WMARK_LOW | gfp & ALLOC_KSWAPD
         if preferred.zone.zone_type != ZoneType.ZONE_NORMAL:
             return alloc_flags
         lower = {buddy.zone.zone_type for buddy in self._of_node(preferred.zone.node)}
