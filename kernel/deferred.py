@@ -21,8 +21,8 @@ def first_deferred_pfn(zone: Zone, memory: Iterable[tuple[int, int]]) -> int | N
     ``memory`` is ranges of page frames, ascending. None if nothing is deferred.
     """
     initialised = 0
-    for start, end in memory:
-        start, end = max(start, zone.zone_start_pfn), min(end, zone.end_pfn)
+    for region_start, region_end in memory:
+        start, end = max(region_start, zone.zone_start_pfn), min(region_end, zone.end_pfn)
         pfn = round_up(max(start, start + PAGES_PER_SECTION - initialised), PAGES_PER_SECTION)
         if start < end and pfn < end:
             return pfn

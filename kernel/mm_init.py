@@ -23,9 +23,9 @@ from guest.units import (
     round_up,
 )
 from kernel.efi import efi_free_boot_services
+from kernel.events import STRUCT_PAGE_SIZE
 from kernel.kernel import Kernel
 from kernel.memblock import SMP_CACHE_BYTES
-from kernel.events import STRUCT_PAGE_SIZE
 from kernel.mmzone import (
     MAX_DMA_PFN,
     Zone,
@@ -104,9 +104,10 @@ def _memmap_pages(zone: Zone) -> int:
 
 def _dma_reserve(kernel: Kernel) -> int:
     """Pages below 16 MiB that memblock keeps (6.3, memblock_find_dma_reserve())."""
-    present = sum(max(min(end, MAX_DMA_PFN) - start, 0) for start, end in mem_pfn_ranges(kernel.memblock.memory.regions))
-    free = (Range(PFN_UP(r.start), min(PFN_DOWN(r.end), MAX_DMA_PFN)) for r in kernel.memblock.free_ranges())
-    return present - sum(max(r.size, 0) for r in free)
+    present = mem_pfn_ranges(kernel.memblock.memory.regions)
+    free = (Range(PFN_UP(r.start), PFN_DOWN(r.end)) for r in kernel.memblock.free_ranges())
+    below = [sum(max(min(end, MAX_DMA_PFN) - start, 0) for start, end in ranges) for ranges in (present, free)]
+    return below[0] - below[1]
 
 
 def _initmem_init(kernel: Kernel) -> None:

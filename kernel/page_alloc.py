@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guest.ranges import RangeSet
@@ -322,9 +321,9 @@ class PageAllocator:
                 highest = ac.zonelist[0].zone.zone_type
                 if zone_watermark_fast(buddy.zone, self.rules, 0, mark, highest, ac.alloc_flags):
                     return buddy
-                if not (self.rules.accepts_first and self.accept.accept_up(buddy, 0)):
-                    if not self.deferred.grow(buddy.zone, 0):
-                        break
+                accepted = self.rules.accepts_first and self.accept.accept_up(buddy, 0)
+                if not accepted and not self.deferred.grow(buddy.zone, 0):
+                    break
         return None
 
     def get_page_from_freelist(self, ac: AllocContext, order: int, cpu: int, alloc_flags: int) -> int | None:

@@ -48,7 +48,7 @@ def read_file(allocator: PageAllocator, path: str) -> str:
 
 
 def meminfo(allocator: PageAllocator) -> str:
-    """/proc/meminfo. Unaccepted memory is part of the first three lines too; DirectMap is as it was before any split."""
+    """/proc/meminfo. Unaccepted memory is part of the first three lines too; DirectMap is what it was before splits."""
     zones = allocator.zones
     managed, free = _total(zones, "managed_pages"), _total(zones, "nr_free_pages")
     present_kb = _total(zones, "present_pages") << KBYTES_SHIFT
@@ -120,11 +120,11 @@ def zoneinfo(allocator: PageAllocator) -> str:
 
 def buddyinfo(allocator: PageAllocator) -> str:
     """/proc/buddyinfo: free blocks of each order. Unaccepted blocks are on no free list and do not count."""
-    return "".join(
-        _zone_label(zone) + " " + "".join(f"{zone.free_area.nr_free(order):6} " for order in range(NR_PAGE_ORDERS)) + "\n"
-        for zone in allocator.zones
-        if zone.populated
-    )
+    lines = []
+    for zone in filter(lambda zone: zone.populated, allocator.zones):
+        counts = "".join(f"{zone.free_area.nr_free(order):6} " for order in range(NR_PAGE_ORDERS))
+        lines.append(f"{_zone_label(zone)} {counts}\n")
+    return "".join(lines)
 
 
 def pagetypeinfo(allocator: PageAllocator) -> str:

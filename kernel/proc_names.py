@@ -5,7 +5,12 @@ For v9 there are those of Debian's 6.1, the nearest kernel at hand, with what v9
 
 from __future__ import annotations
 
-MEMINFO = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+MEMINFO = _words(
     """
     MemTotal MemFree MemAvailable Buffers Cached SwapCached Active Inactive Active(anon) Inactive(anon) Active(file)
     Inactive(file) Unevictable Mlocked SwapTotal SwapFree Dirty Writeback AnonPages Mapped Shmem KReclaimable Slab
@@ -13,36 +18,36 @@ MEMINFO = tuple(
     Committed_AS VmallocTotal VmallocUsed VmallocChunk Percpu HardwareCorrupted AnonHugePages ShmemHugePages
     ShmemPmdMapped FileHugePages FilePmdMapped Unaccepted HugePages_Total HugePages_Free HugePages_Rsvd
     HugePages_Surp Hugepagesize Hugetlb DirectMap4k DirectMap2M
-    """.split()
+    """
 )
 """/proc/meminfo (fs/proc/meminfo.c)."""
 
-NODE_MEMINFO = tuple(
+NODE_MEMINFO = _words(
     """
     MemTotal MemFree MemUsed SwapCached Active Inactive Active(anon) Inactive(anon) Active(file) Inactive(file)
     Unevictable Mlocked Dirty Writeback FilePages Mapped AnonPages Shmem KernelStack PageTables SecPageTables
     NFS_Unstable Bounce WritebackTmp KReclaimable Slab SReclaimable SUnreclaim AnonHugePages ShmemHugePages
     ShmemPmdMapped FileHugePages FilePmdMapped Unaccepted HugePages_Total HugePages_Free HugePages_Surp
-    """.split()
+    """
 )
 """A node's meminfo (drivers/base/node.c)."""
 
-ZONE_STATS = tuple(
+ZONE_STATS = _words(
     """
     nr_free_pages nr_zone_inactive_anon nr_zone_active_anon nr_zone_inactive_file nr_zone_active_file
     nr_zone_unevictable nr_zone_write_pending nr_mlock nr_bounce nr_zspages nr_free_cma nr_unaccepted
-    """.split()
+    """
 )
 """``enum zone_stat_item``."""
 
-ZONE_NUMA_STATS = tuple(
+ZONE_NUMA_STATS = _words(
     """
     numa_hit numa_miss numa_foreign numa_interleave numa_local numa_other
-    """.split()
+    """
 )
 """``enum numa_stat_item``."""
 
-NODE_STATS = tuple(
+NODE_STATS = _words(
     """
     nr_inactive_anon nr_active_anon nr_inactive_file nr_active_file nr_unevictable nr_slab_reclaimable
     nr_slab_unreclaimable nr_isolated_anon nr_isolated_file workingset_nodes workingset_refault_anon
@@ -53,18 +58,18 @@ NODE_STATS = tuple(
     nr_throttled_written nr_kernel_misc_reclaimable nr_foll_pin_acquired nr_foll_pin_released nr_kernel_stack
     nr_page_table_pages nr_sec_page_table_pages nr_iommu_pages nr_swapcached pgpromote_success pgpromote_candidate
     pgdemote_kswapd pgdemote_direct pgdemote_khugepaged
-    """.split()
+    """
 )
 """``enum node_stat_item``."""
 
-VMSTAT_ONLY = tuple(
+VMSTAT_ONLY = _words(
     """
     nr_dirty_threshold nr_dirty_background_threshold nr_memmap_pages nr_memmap_boot_pages
-    """.split()
+    """
 )
 """What stands in /proc/vmstat between the counters of nodes and of events."""
 
-VM_EVENTS = tuple(
+VM_EVENTS = _words(
     """
     pgpgin pgpgout pswpin pswpout pgalloc_dma pgalloc_dma32 pgalloc_normal pgalloc_movable pgalloc_device
     allocstall_dma allocstall_dma32 allocstall_normal allocstall_movable allocstall_device pgskip_dma pgskip_dma32
@@ -85,15 +90,15 @@ VM_EVENTS = tuple(
     thp_scan_exceed_share_pte thp_split_pud thp_zero_page_alloc thp_zero_page_alloc_failed thp_swpout
     thp_swpout_fallback balloon_inflate balloon_deflate balloon_migrate swap_ra swap_ra_hit swpin_zero swpout_zero
     ksm_swpin_copy cow_ksm direct_map_level2_splits direct_map_level3_splits nr_unstable
-    """.split()
+    """
 )
 """``enum vm_event_item``, and a counter that is kept for the sake of its readers."""
 
-SINCE_6_12 = tuple(
+SINCE_6_12 = _words(
     """
     HardwareCorrupted nr_iommu_pages pgdemote_khugepaged nr_memmap_pages nr_memmap_boot_pages pgsteal_khugepaged
     pgscan_khugepaged zone_reclaim_success thp_underused_split_page swpin_zero swpout_zero
-    """.split()
+    """
 )
 """What 6.1 does not print."""
 

@@ -49,16 +49,21 @@ class PageCache:
 
     def read(self, count: int = 1) -> int:
         """Read ``count`` pages of files into memory; how many there was room for."""
-        pages = self._allocate(count)
-        for pfn in pages:
+        for done in range(count):
+            pfn = self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE)
+            if pfn is None:
+                return done
             self._pages[self._allocator.page_zone(pfn).code].append(pfn)
-        return len(pages)
+        return count
 
     def run(self, count: int) -> int:
-        """Let the process take ``count`` pages; how many it got."""
-        pages = self._allocate(count)
-        self._process += pages
-        return len(pages)
+        """Let the process take ``count`` pages; how many it got before there were no more. A kill frees them all."""
+        for done in range(count):
+            pfn = self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE)
+            if pfn is None:
+                return done
+            self._process.append(pfn)
+        return count
 
     def wakeup_kswapd(self, node: int, order: int = 0) -> None:
         """Reclaim on a node until one of its zones meets its high watermark (``balance_pgdat``)."""
@@ -108,12 +113,3 @@ class PageCache:
             self._allocator.free_pages(pfn, 0)
         self.kills += bool(killed)
         return bool(killed)
-
-    def _allocate(self, count: int) -> list[int]:
-        pages = []
-        for _ in range(count):
-            pfn = self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE)
-            if pfn is None:
-                break
-            pages.append(pfn)
-        return pages

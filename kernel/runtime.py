@@ -98,7 +98,10 @@ class _Shell:
     def _alloc(self, command: Command) -> None:
         unaccepted = self._nr_unaccepted()
         done = 0
-        while done < command.count and (pfn := self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE, command.order)) is not None:
+        while (
+            done < command.count
+            and (pfn := self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE, command.order)) is not None
+        ):
             self._blocks[command.order].append(pfn)
             self._machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << command.order)))
             done += 1

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from kernel.buddy import ZoneBuddy
 from kernel.events import OutOfMemory
 from kernel.gfp import (
-    ALLOC_HIGHATOMIC,
     ALLOC_KSWAPD,
     ALLOC_MIN_RESERVE,
     ALLOC_NO_WATERMARKS,

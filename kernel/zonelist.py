@@ -10,7 +10,6 @@ from kernel.gfp import ALLOC_KSWAPD, ALLOC_NOFRAGMENT, ALLOC_WMARK_LOW, Gfp, gfp
 from kernel.mmzone import Zone, ZoneType
 from kernel.per_cpu_pages import PerCpuPages
 
-MAX_NUMNODES = 1024
 LOCAL_DISTANCE, REMOTE_DISTANCE = 10, 20
 
 Distances = Mapping[tuple[int, int], int]
@@ -22,19 +21,26 @@ def node_distance(distances: Distances, a: int, b: int) -> int:
     return distances.get((a, b), LOCAL_DISTANCE if a == b else REMOTE_DISTANCE)
 
 
-def fallback_orders(nodes: Sequence[int], memory: set[int], cpus: set[int], distances: Distances) -> dict[int, list[int]]:
+def fallback_orders(
+    nodes: Sequence[int], memory: set[int], cpus: set[int], distances: Distances
+) -> dict[int, list[int]]:
     """For each node the nodes with ``memory`` in the order in which it falls back on them.
 
     Nearer nodes come first; among equals those without CPUs, the next in number, and those that fewer nodes fall back
     on first. Source: find_next_best_node(), build_zonelists().
     """
     load = dict.fromkeys(nodes, 0)
+
+    def penalty(local: int, node: int) -> tuple[int, int]:
+        return node_distance(distances, local, node) + (node < local) + (node in cpus), load[node]
+
     orders = {}
     for local in nodes:
         order: list[int] = []
         left, previous = set(memory), local
         while left:
-            best = local if local in left else min(sorted(left), key=_penalty(local, cpus, distances, load))
+            ranks = {penalty(local, node): node for node in sorted(left, reverse=True)}
+            best = local if local in left else ranks[min(ranks)]
             if node_distance(distances, local, best) != node_distance(distances, local, previous):
                 load[best] += 1
             order.append(best)
@@ -42,14 +48,6 @@ def fallback_orders(nodes: Sequence[int], memory: set[int], cpus: set[int], dist
             previous = best
         orders[local] = order
     return orders
-
-
-def _penalty(local: int, cpus: set[int], distances: Distances, load: Mapping[int, int]):  # type: ignore[no-untyped-def]
-    def penalty(node: int) -> int:
-        near = node_distance(distances, local, node) + (node < local) + (node in cpus)
-        return near * MAX_NUMNODES + load[node]
-
-    return penalty
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from guest.units import PAGE_SIZE, PFN_DOWN, PFN_PHYS, PMD_SIZE, SZ_1M
 from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES
 from kernel.gfp import GFP_HIGHUSER_MOVABLE
 from kernel.memblock_type import MemblockRegion
-from kernel.mmzone import Zone, ZoneType, free_area_init, setup_zone_wmarks
 from kernel.mm_rules import MAINLINE_MM, V9_MM
+from kernel.mmzone import Zone, ZoneType, free_area_init, setup_zone_wmarks
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.watermark import Watermarks

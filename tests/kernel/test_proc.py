@@ -48,7 +48,9 @@ def guest_of(text: str, rules) -> PageAllocator:
         if name in ("DMA", "DMA32", "Normal"):
             start = numbers(part, "start_pfn:") if "start_pfn" in part else 0
             kind = ("DMA", "DMA32", "Normal").index(name)
-            zones.append(Zone(ZoneType(kind), start, numbers(part, "spanned"), numbers(part, "present"), node=int(node)))
+            zones.append(
+                Zone(ZoneType(kind), start, numbers(part, "spanned"), numbers(part, "present"), node=int(node))
+            )
     allocator = allocator_of(zones, rules)
     allocator.online_cpu(1)
     populated = [zone for zone in zones if zone.populated]
@@ -69,7 +71,7 @@ def shape(path: str, line: str) -> tuple[str, int]:
 @pytest.mark.parametrize("path", FILES)
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_lines_of_a_capture(capture, path):
-    """Line by line the same names, in the same order, with numbers in the same columns; v9 adds its own lines to 6.1's."""
+    """Line by line the same names in the same order, with numbers in the same columns; v9 adds its lines to 6.1's."""
     files, rules = sample(capture), CAPTURES[capture]
     ours = read_file(guest_of(files["/proc/zoneinfo"], rules), path).splitlines()
     if rules is V9_MM:
@@ -87,7 +89,7 @@ def test_unaccepted_lines():
         ("/proc/meminfo", "Unaccepted:         4096 kB", "FilePmdMapped:         0 kB"),
         ("/proc/vmstat", "nr_unaccepted 1024", "nr_free_cma 0"),
         ("/proc/zoneinfo", "      nr_unaccepted 1024", "      nr_free_cma  0"),
-        ("/sys/devices/system/node/node0/meminfo", "Node 0 Unaccepted:         4096 kB", "Node 0 FilePmdMapped:        0 kB"),
+        (FILES[-2], "Node 0 Unaccepted:         4096 kB", "Node 0 FilePmdMapped:        0 kB"),
     ):  # fmt: skip
         lines = read_file(allocator, path).splitlines()
         assert lines[lines.index(line) - 1] == before
