@@ -83,6 +83,7 @@ class PageAllocator:
         self._pagesets_ready = False
         self.cpu_nodes: list[int] = []
         """The node of each CPU that is online."""
+        self._accepts_first = rules.accepts_first
         self.hooks = slowpath.Hooks()
         self.online_cpu(zones[0].node if zones else 0)
 
@@ -266,7 +267,8 @@ class PageAllocator:
                 zone, pcp = ac.zone, ac.pagesets[cpu]
                 pages = pcp.lists[ac.migratetype]
                 plenty = zone.nr_free_pages - zone.nr_unaccepted - zone.nr_reserved_highatomic - zone.watermark_boost
-                if pages and 0 < zone.watermark.promo < plenty - zone.lowmem_reserve[ac.highest_zoneidx]:
+                mark = zone.watermark.promo if self._accepts_first else zone.watermark.low
+                if pages and 0 < mark < plenty - zone.lowmem_reserve[ac.highest_zoneidx]:
                     pcp.free_count >>= 1
                     pcp.count -= 1
                     pcp.fast_allocs += 1

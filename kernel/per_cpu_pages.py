@@ -86,13 +86,18 @@ class PerCpuPages:
         """Put a block at the head of a list; a list that is full gives some back (``free_unref_page_commit``)."""
         pindex = order_to_pindex(migratetype, order) if order else migratetype
         self.lists[pindex].appendleft(pfn)
-        self.count += 1 << order
-        free_high = 0 < order <= PAGE_ALLOC_COSTLY_ORDER and self.free_count > 0
-        high = 0 if free_high else self.high
-        if self._buddy.reclaim_active:
-            high = min(self.batch << 2, high)
-        if self.count >= high:
-            self.free_bulk(self.count if free_high else self._nr_free(high), pindex)
+        count = self.count = self.count + (1 << order)
+        free_high = order and order <= PAGE_ALLOC_COSTLY_ORDER and self.free_count
+        if count >= self.high or free_high or self._buddy.reclaim_active:
+            self._drain_some(pindex, bool(free_high))
+
+    def _drain_some(self, pindex: int, free_high: bool) -> None:
+        """Give back what is too much; all, if blocks of a higher order are freed one after the other."""
+        high = min(self.batch << 2, self.high) if self._buddy.reclaim_active else self.high
+        if free_high:
+            self.free_bulk(self.count, pindex)
+        elif self.count >= high:
+            self.free_bulk(self._nr_free(high), pindex)
 
     def _nr_alloc(self, order: int) -> int:
         return max(self.batch >> order, 2) if self.batch > 1 else 1

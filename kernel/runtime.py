@@ -37,7 +37,6 @@ alloc 9 96
 alloc 0 256
 echo 64M > {ACCEPT_MEMORY}
 cat /proc/meminfo
-cat /proc/vmstat
 cat /proc/buddyinfo
 """
 
