@@ -58,9 +58,11 @@ class Zone:
     present_pages: int
     managed_pages: int = 0
     watermark: Watermarks = field(default_factory=Watermarks)
+    watermark_boost: int = 0
     lowmem_reserve: tuple[int, ...] = (0,) * MAX_NR_ZONES
     nr_free_pages: int = 0
     nr_unaccepted: int = 0
+    nr_reserved_highatomic: int = 0
     node: int = 0
     free_area: FreeArea = field(default_factory=FreeArea, repr=False)
     unaccepted_pages: BlockRuns = field(default_factory=BlockRuns, repr=False)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from guest.ranges import Range, RangeSet
 from guest.units import DIV_ROUND_UP, PAGE_SIZE, PMD_SIZE, SZ_1G, SZ_16M, SZ_128M, round_down
+from kernel.events import STRUCT_PAGE_SIZE
 from kernel.kernel import MAX_PHYSMEM_BITS, MAX_PHYSMEM_BITS_LA57, Kernel
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.mmzone import node_of, nodes_of
 
 SECTION_SIZE = SZ_128M
 SECTIONS_PER_ROOT = 256
-STRUCT_PAGE_SIZE = 64
 MEMMAP_PER_SECTION = SECTION_SIZE // PAGE_SIZE * STRUCT_PAGE_SIZE
 USEMAP_PER_SECTION = 56
 """struct mem_section_usage: subsection map, flags of 64 page blocks, RCU head."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from guest.errors import FormatError
 from kernel.e820 import RAM_AND_ACPI, RAM_ONLY
 from kernel.memblock import MAINLINE_MEMBLOCK, V9_MEMBLOCK, MemblockVersion
+from kernel.mm_rules import MAINLINE_MM, V9_MM, MmRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class KernelVersion:
 
     name: str
     memblock: MemblockVersion
+    mm_rules: MmRules
     ram_types: Collection[int]
     updates_kexec_table: bool
     removes_efi_mmio: bool
@@ -46,16 +48,17 @@ class KernelVersion:
 
 
 V6_1 = KernelVersion(
-    "6.1", V9_MEMBLOCK, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=False, trims_numa_to_dram=False,
+    "6.1", V9_MEMBLOCK, V9_MM, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=False, trims_numa_to_dram=False,
     node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
 )  # fmt: skip
 V6_3 = KernelVersion(
-    "6.3", V9_MEMBLOCK, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=True, trims_numa_to_dram=False,
+    "6.3", V9_MEMBLOCK, V9_MM, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=True, trims_numa_to_dram=False,
     node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
 )  # fmt: skip
 """The base of the v9 series; sizes as in 6.1."""
 V6_12 = KernelVersion(
-    "6.12", MAINLINE_MEMBLOCK, RAM_AND_ACPI, updates_kexec_table=False, removes_efi_mmio=True, trims_numa_to_dram=True,
+    "6.12", MAINLINE_MEMBLOCK, MAINLINE_MM, RAM_AND_ACPI, updates_kexec_table=False, removes_efi_mmio=True,
+    trims_numa_to_dram=True,
     node_data=0x2A980, percpu_static=233_472, pcpu_chunk=200, percpu_cpumasks=1, says_freed_efi=True,
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 from bootstub.events import KernelPlaced
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
-from kernel.events import Allocation, FileRead, FileWrite
+from kernel.events import Allocation, FileRead, FileWrite, MmPageAllocExtfrag
 from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
@@ -39,6 +39,8 @@ def event_text(event: Event) -> str:
             return f"echo {text} > {path}: {result}"
         case Allocation(order, count, wanted, accepted_pages):
             return f"alloc order {order}: {count} of {wanted} blocks, {accepted_pages * 4} KiB accepted"
+        case MmPageAllocExtfrag():
+            return f"mm_page_alloc_extfrag: {event.text}"
         case StageBegin():
             return "stage begins"
         case StageEnd():

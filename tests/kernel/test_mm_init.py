@@ -143,13 +143,16 @@ def test_log_of_a_4g_guest(new_boot, log):
         "PM: hibernation: Registered nosave memory: [mem 0x7fef4000-0xffffffff]",
         "[mem 0x80000000-0xdfffffff] available for PCI devices",
         "percpu: Embedded 61 pages/cpu s212992 r8192 d28672 u2097152",
+        "Fallback order for Node 0: 0 ",
+        "Built 1 zonelists, mobility grouping on.  Total pages: 1030635",
         'Unknown kernel command line parameters "nokaslr", will be passed to user space.',
         "Dentry cache hash table entries: 524288 (order: 10, 4194304 bytes, linear)",
         "Inode-cache hash table entries: 262144 (order: 9, 2097152 bytes, linear)",
         "software IO TLB: area num 1.",
         "software IO TLB: SWIOTLB bounce buffer size roundup to 256MB",
         "software IO TLB: mapped [mem 0x000000006d8f9000-0x000000007d8f9000] (256MB)",
-        "Memory: 3808204K/4188632K available (380428K reserved, 0K cma-reserved)",
+        "Memory: 1918368K/4188632K available (380428K reserved, 0K cma-reserved)",
+        "node 0 deferred pages initialised in 0ms",
     ]
 
 
