@@ -155,6 +155,16 @@ def _efi_debug(kernel: Kernel) -> bool:
     return "debug" in (kernel.early.values.get("efi") or "").split(",")
 
 
+def efi_find_mirror(kernel: Kernel) -> None:
+    """Tell memblock which memory is mirrored (arch/x86/platform/efi/efi.c)."""
+    mirrored = [d for d in kernel.efi_memmap if d.attribute & EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE]
+    for d in mirrored:
+        kernel.memblock.mark_mirror(d.start, d.end - d.start)
+    if mirrored:
+        mirror, total = (sum(d.end - d.start for d in part) // SZ_1M for part in (mirrored, kernel.efi_memmap))
+        kernel.machine.print(f"efi: Memory: {mirror}M/{total}M mirrored memory")
+
+
 def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:
     """Reserve boot services memory that nobody else has; returns what :func:`efi_free_boot_services` frees."""
     reserved = []
