@@ -97,31 +97,51 @@ def reserve_crashkernel(kernel: Kernel) -> None:
     if base >= CRASH_ADDR_LOW_MAX and low_size and not _reserve_low(kernel, low_size):
         kernel.memblock.phys_free(base, size, who="reserve_crashkernel_generic")
         return
-    kernel.machine.print(f"crashkernel reserved: {base:#018x} - {base + size:#018x} ({size >> 20} MB)")
+    if kernel.version.generic_crashkernel:
+        kernel.machine.print(f"crashkernel reserved: {base:#018x} - {base + size:#018x} ({size >> 20} MB)")
+    else:
+        where = f"{size >> 20}MB of memory at {base >> 20}MB"
+        kernel.machine.print(f"Reserving {where} for crashkernel (System RAM: {total >> 20}MB)")
 
 
 def _find_place(kernel: Kernel, wanted: CrashKernel) -> int:
+    """The lowest address, 0 if there is no room; above 4 GiB if it was wanted so, or if there is no room below."""
+    generic, align = kernel.version.generic_crashkernel, CRASH_ALIGN
     low, high = (0, CRASH_ADDR_LOW_MAX), (CRASH_ADDR_LOW_MAX, CRASH_ADDR_HIGH_MAX)
     spans = [high, low] if wanted.high else [low, high]
+    if not generic:
+        spans = [(CRASH_ALIGN, end) for _, end in spans[: 1 if wanted.high else 2]]
     if wanted.base:
-        spans = [(wanted.base, wanted.base + wanted.size)]
+        spans, align = [(wanted.base, wanted.base + wanted.size)], CRASH_ALIGN if generic else SZ_1M
     for start, end in spans:
-        who = "reserve_crashkernel_generic"
-        found = kernel.memblock.phys_alloc_range(wanted.size, CRASH_ALIGN, start, end, who=who)
+        who = "reserve_crashkernel_generic" if generic else "setup_arch"
+        found = kernel.memblock.phys_alloc_range(wanted.size, align, start, end, who=who)
         if found:
             return found
     if wanted.base:
         kernel.machine.print("crashkernel reservation failed - memory is in use.")
+    elif not generic:
+        kernel.machine.print("crashkernel reservation failed - No suitable area found.")
     else:
         kernel.machine.print(f"cannot allocate crashkernel (size:{wanted.size:#x})")
     return 0
 
 
 def _reserve_low(kernel: Kernel, size: int) -> bool:
+    """Take memory below 4 GiB for what the crash kernel needs there; False if there is none."""
     found = kernel.memblock.phys_alloc_range(size, CRASH_ALIGN, 0, CRASH_ADDR_LOW_MAX, who="reserve_crashkernel_low")
     if not found:
-        kernel.machine.print(f"cannot allocate crashkernel low memory (size:{size:#x}).")
+        if kernel.version.generic_crashkernel:
+            kernel.machine.print(f"cannot allocate crashkernel low memory (size:{size:#x}).")
+        else:
+            wanted = f"{size >> 20}MB crashkernel low memory"
+            kernel.machine.print(f"Cannot reserve {wanted}, please try smaller size.")
         return False
+    if not kernel.version.generic_crashkernel:
+        limit = min(kernel.memblock.phys_mem_size(), CRASH_ADDR_LOW_MAX) >> 20
+        where = f"{size >> 20}MB of low memory at {found >> 20}MB"
+        kernel.machine.print(f"Reserving {where} for crashkernel (low RAM limit: {limit}MB)")
+        return True
     text = f"{found:#010x} - {found + size:#010x} ({size // SZ_1M} MB)"
     kernel.machine.print(f"crashkernel low memory reserved: {text}")
     return True

@@ -13,7 +13,8 @@ from bootstub.e820_types import (
     E820_TYPE_RESERVED_KERN,
     E820_TYPE_SOFT_RESERVED,
 )
-from bootstub.setup_data import SetupData, SetupDataType
+from bootstub.setup_data import SetupData, SetupDataType, read_indirect
+from guest.ranges import Range
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, PFN_DOWN, PMD_SIZE, SZ_1M, SZ_4G
 from kernel.e820 import E820Table, memory_setup, remove_line, update_line
 from kernel.kernel import Kernel
@@ -67,12 +68,21 @@ def e820_reserve_setup_data(kernel: Kernel, setup_data: list[SetupData]) -> None
         tables = [kernel.e820]
         if kernel.version.updates_kexec_table and node.type not in _NOT_FOR_KEXEC:
             tables.append(kernel.e820_kexec)
-        for table in tables:
-            _update(kernel, table, node.gpa, node.end - node.gpa, E820_TYPE_RAM, E820_TYPE_RESERVED_KERN)
+        for place in (Range(node.gpa, node.end), *indirect_places(kernel, node)):
+            for table in tables:
+                _update(kernel, table, place.start, place.size, E820_TYPE_RAM, E820_TYPE_RESERVED_KERN)
     kernel.e820.update_table()
     if kernel.version.updates_kexec_table:
         kernel.e820_kexec.update_table()
     _print_table(kernel, "extended physical RAM map:", "reserve setup_data")
+
+
+def indirect_places(kernel: Kernel, node: SetupData) -> list[Range]:
+    """Where the data of an indirect node lie; none for other nodes, and for an indirect one behind it."""
+    found = read_indirect(kernel.machine.memory.read, node)
+    if found is None or found.type == SetupDataType.SETUP_INDIRECT:
+        return []
+    return [Range(found.addr, found.addr + found.len)]
 
 
 def e820_finish_early_params(kernel: Kernel) -> None:

@@ -16,6 +16,7 @@ from firmware.efi_types import (
     EFI_MEMORY_ATTRIBUTES_TABLE_GUID,
     LINUX_EFI_INITRD_MEDIA_GUID,
     LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
+    SMBIOS3_TABLE_GUID,
     SMBIOS_TABLE_GUID,
     EfiMemoryAttribute,
     EfiMemoryType,
@@ -38,6 +39,7 @@ _TABLE_NAMES = {
     guid_bytes(SMBIOS_TABLE_GUID): "SMBIOS",
     guid_bytes(ACPI_TABLE_GUID): _ACPI,
     guid_bytes(ACPI_20_TABLE_GUID): _ACPI_20,
+    guid_bytes(SMBIOS3_TABLE_GUID): "SMBIOS 3.0",
     guid_bytes(EFI_MEMORY_ATTRIBUTES_TABLE_GUID): _MEMATTR,
     guid_bytes(LINUX_EFI_INITRD_MEDIA_GUID): "INITRD",
     guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID): _UNACCEPTED,
@@ -136,7 +138,7 @@ def efi_init(kernel: Kernel) -> None:
     machine.print(f"efi: EFI v{found.revision >> 16}.{minor} by {name}")
     tables = dict(_known_tables(kernel, found))
     machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
-    kernel.dmi = "SMBIOS" in tables
+    kernel.dmi = "SMBIOS" in tables or "SMBIOS 3.0" in tables
     kernel.rsdp = kernel.rsdp or tables.get(_ACPI_20, 0) or tables.get(_ACPI, 0)
     if _MEMATTR in tables:
         _efi_memattr_init(kernel, tables[_MEMATTR])
@@ -151,6 +153,16 @@ def efi_init(kernel: Kernel) -> None:
 
 def _efi_debug(kernel: Kernel) -> bool:
     return "debug" in (kernel.early.values.get("efi") or "").split(",")
+
+
+def efi_find_mirror(kernel: Kernel) -> None:
+    """Tell memblock which memory is mirrored (arch/x86/platform/efi/efi.c)."""
+    mirrored = [d for d in kernel.efi_memmap if d.attribute & EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE]
+    for d in mirrored:
+        kernel.memblock.mark_mirror(d.start, d.end - d.start)
+    if mirrored:
+        mirror, total = (sum(d.end - d.start for d in part) // SZ_1M for part in (mirrored, kernel.efi_memmap))
+        kernel.machine.print(f"efi: Memory: {mirror}M/{total}M mirrored memory")
 
 
 def efi_reserve_boot_services(kernel: Kernel) -> list[Range]:

@@ -50,6 +50,7 @@ from kernel.zone_movable import find_zone_movable_pfns
 
 _RESOURCE_SIZE, _FIRMWARE_MAP_ENTRY_SIZE, _NOSAVE_REGION_SIZE = 64, 104, 32
 """sizeof(struct resource), of struct firmware_map_entry and struct nosave_region."""
+_HPET_NAME_SIZE, _IOAPIC_NAME_SIZE = 9, 11
 _PASSED_ON = ("nokaslr", "page_poison", "min_free_kbytes")
 """Parameters that the kernel itself does not know: the stub's, and some that people give it."""
 _FIXMAP_TABLES = 3
@@ -181,7 +182,7 @@ def _zone_sizes_init(kernel: Kernel) -> list[Zone]:
 
 def _nr_kernel_pages(kernel: Kernel, zones: Sequence[Zone]) -> int:
     """What hash tables are sized by: free memory (6.10 on), or memory without its struct pages."""
-    if kernel.version.trims_numa_to_dram:
+    if kernel.version.hashes_by_free_memory:
         counts = (PFN_DOWN(free.end) - PFN_UP(free.start) for free in kernel.memblock.free_ranges())
         return sum(count for count in counts if count > 0)
     total = 0
@@ -195,9 +196,10 @@ def _nr_kernel_pages(kernel: Kernel, zones: Sequence[Zone]) -> int:
 def _reserve_resources(kernel: Kernel, madt: Madt) -> None:
     """Resources of /proc/iomem, entries of /sys/firmware/memmap, and what hibernation leaves out."""
     if any(table.signature == "HPET" for table in kernel.acpi):
-        kernel.memblock_alloc(_RESOURCE_SIZE + len("HPET 0") + 3, SMP_CACHE_BYTES, "acpi_parse_hpet")
+        kernel.memblock_alloc(_RESOURCE_SIZE + _HPET_NAME_SIZE, SMP_CACHE_BYTES, "acpi_parse_hpet")
     if madt.ioapics:
-        kernel.memblock_alloc(madt.ioapics * (_RESOURCE_SIZE + 11), SMP_CACHE_BYTES, "io_apic_init_mappings")
+        size = madt.ioapics * (_RESOURCE_SIZE + _IOAPIC_NAME_SIZE)
+        kernel.memblock_alloc(size, SMP_CACHE_BYTES, "io_apic_init_mappings")
     kernel.memblock_alloc(len(kernel.e820) * _RESOURCE_SIZE, SMP_CACHE_BYTES, "e820__reserve_resources")
     for _ in kernel.e820_firmware:
         kernel.memblock_alloc(_FIRMWARE_MAP_ENTRY_SIZE, SMP_CACHE_BYTES, "firmware_map_add_early")

@@ -12,7 +12,7 @@ from guest.ranges import Range, RangeSet
 from guest.units import PAGE_SIZE, SZ_1M, SZ_64K, round_up
 from kernel import e820_setup
 from kernel.acpi_tables import find_rsdp, walk_tables
-from kernel.efi import efi_init, efi_memblock_x86_reserve_range, efi_reserve_boot_services
+from kernel.efi import efi_find_mirror, efi_init, efi_memblock_x86_reserve_range, efi_reserve_boot_services
 from kernel.init_mem_mapping import ISA_END_ADDRESS, init_mem_mapping
 from kernel.kernel import Kernel
 from kernel.log_buf import setup_log_buf
@@ -55,6 +55,7 @@ def setup_arch(machine: Machine, version: KernelVersion = V6_3, image_size: int 
     e820_setup.e820_memblock_setup(kernel)
     if kernel.confidential:
         mem_encrypt_setup_arch(kernel)
+    efi_find_mirror(kernel)
     kernel.boot_services = efi_reserve_boot_services(kernel)
     _reserve_real_mode(kernel)
     init_mem_mapping(kernel)
@@ -82,6 +83,8 @@ def _early_reserve_memory(kernel: Kernel, setup_data: list[SetupData]) -> None:
         reserve(kernel.ramdisk.start, round_up(kernel.ramdisk.end, PAGE_SIZE) - kernel.ramdisk.start)
     for node in setup_data:
         reserve(node.gpa, node.end - node.gpa)
+        for place in e820_setup.indirect_places(kernel, node):
+            reserve(place.start, place.size)
     reserve(BIOS_START_MAX, SZ_1M - BIOS_START_MAX)
 
 

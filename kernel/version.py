@@ -25,6 +25,8 @@ class KernelVersion:
     max_pfn (6.12, numa_cleanup_meminfo()). ``node_data``: pg_data_t as alloc_node_data() rounds it.
     ``percpu_static``: the section of per-CPU variables. ``pcpu_chunk``: struct pcpu_chunk with its bitmap of one word.
     ``percpu_cpumasks``: cpumasks beside those of nodes. ``says_freed_efi``: boot services memory is freed with a line.
+    ``generic_crashkernel``: the crash kernel's memory is found by code for all architectures, with other words (6.8).
+    ``hashes_by_free_memory``: hash tables are sized by what memblock has free (6.10), not by present pages.
     """
 
     name: str
@@ -39,6 +41,8 @@ class KernelVersion:
     pcpu_chunk: int
     percpu_cpumasks: int
     says_freed_efi: bool
+    generic_crashkernel: bool
+    hashes_by_free_memory: bool
 
     def efi_minor(self, minor: int) -> str:
         """The minor version of UEFI as it is printed: ``70`` up to 6.1, then ``7``, or ``7.1`` for 71."""
@@ -50,16 +54,22 @@ class KernelVersion:
 V6_1 = KernelVersion(
     "6.1", V9_MEMBLOCK, V9_MM, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=False, trims_numa_to_dram=False,
     node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
+    generic_crashkernel=False,
+    hashes_by_free_memory=False,
 )  # fmt: skip
 V6_3 = KernelVersion(
     "6.3", V9_MEMBLOCK, V9_MM, RAM_ONLY, updates_kexec_table=True, removes_efi_mmio=True, trims_numa_to_dram=False,
     node_data=0x2B000, percpu_static=212_992, pcpu_chunk=144, percpu_cpumasks=4, says_freed_efi=False,
+    generic_crashkernel=False,
+    hashes_by_free_memory=False,
 )  # fmt: skip
 """The base of the v9 series; sizes as in 6.1."""
 V6_12 = KernelVersion(
     "6.12", MAINLINE_MEMBLOCK, MAINLINE_MM, RAM_AND_ACPI, updates_kexec_table=False, removes_efi_mmio=True,
     trims_numa_to_dram=True,
     node_data=0x2A980, percpu_static=233_472, pcpu_chunk=200, percpu_cpumasks=1, says_freed_efi=True,
+    generic_crashkernel=True,
+    hashes_by_free_memory=True,
 )  # fmt: skip
 
 MAX_NUMNODES = 1 << 10

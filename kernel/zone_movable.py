@@ -1,5 +1,8 @@
 """Where ZONE_MOVABLE begins on each node: ``kernelcore=``, ``movablecore=``, ``movable_node``, ``kernelcore=mirror``.
 
+With ``kernelcore=mirror`` the real zones overlap, and mirrored memory above the first that is not stays with the
+kernel; here it goes to ZONE_MOVABLE.
+
 Source: mm/mm_init.c, find_zone_movable_pfns_for_nodes().
 """
 

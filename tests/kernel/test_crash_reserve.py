@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernel.crash_reserve import CrashKernel, parse_crashkernel
+from kernel.version import V6_1
 from tests.kernel.plain_guest import GIB, HIGH, LOW, MIB, booted
 
 LOW_SIZE = 256 * MIB
@@ -69,4 +70,26 @@ def test_forms(text, found):
 def test_where_it_is(text, lines):
     """As high as possible below 4 GiB, then above; an offset is taken as it is, or not at all."""
     _kernel, log = booted((*LOW, HIGH), cmdline=f"crashkernel={text}")
+    assert [line for line in log if "crashkernel" in line and not line.startswith("Command")] == lines
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("256M", ["Reserving 256MB of memory at 1792MB for crashkernel (System RAM: 6143MB)"]),
+        ("64M@17M", ["crashkernel reservation failed - memory is in use."]),
+        ("65M@513M", ["Reserving 65MB of memory at 513MB for crashkernel (System RAM: 6143MB)"]),
+        (
+            "1G,high",
+            [
+                "Reserving 256MB of low memory at 1792MB for crashkernel (low RAM limit: 4096MB)",
+                "Reserving 1024MB of memory at 7152MB for crashkernel (System RAM: 6143MB)",
+            ],
+        ),
+        ("5G", ["crashkernel reservation failed - No suitable area found."]),
+    ],
+)
+def test_where_6_1_has_it(text, lines):
+    """Before 6.8 x86 had code and words of its own."""
+    _, log = booted((*LOW, HIGH), cmdline=f"crashkernel={text}", version=V6_1)
     assert [line for line in log if "crashkernel" in line and not line.startswith("Command")] == lines

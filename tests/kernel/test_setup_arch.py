@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -183,6 +184,34 @@ def test_setup_data_is_kept(new_boot, log):
     assert "reserve setup_data: [mem 0x0000000004001000-0x0000000004001023] usable" in lines
     assert all(boot.kernel.memblock.is_reserved(at) for at in addresses)
     assert boot.kernel.memblock.is_memory(addresses[0])
+
+
+def test_indirect_setup_data_is_kept(new_boot, log):
+    """What an indirect node points to is reserved and marked as well."""
+    boot = new_boot("decompress", cmdline="")
+    with_setup_data(boot, (1 << 31, struct.pack("<IIQQ", 3, 0, 0x1800, 80 * MIB)))
+    boot.run("setup-arch")
+    assert "e820: update [mem 0x05000000-0x050017ff] usable ==> usable" in log(boot, "setup-arch")
+    assert boot.kernel.memblock.is_reserved(80 * MIB + 0x17FF)
+    assert not boot.kernel.memblock.is_reserved(80 * MIB + 0x1800)
+
+
+def test_mirrored_memory(new_boot, log):
+    """Memory that EFI calls more reliable is mirrored; kernelcore=mirror leaves the rest to zone Movable."""
+    rows = [
+        (CONVENTIONAL, 0x1000, 0xA0000, 0x1000F),
+        (CONVENTIONAL, MIB, GIB, 0x1000F),
+        (CONVENTIONAL, 4 * GIB, 5 * GIB, 0x1000F),
+        (CONVENTIONAL, 5 * GIB, 6 * GIB, 0xF),
+    ]
+    efi_map = tuple(MemoryDescriptor.of_range(*row) for row in rows)
+    boot = new_boot("mm-init", efi_map=efi_map, cmdline="kernelcore=mirror")
+    (line,) = (line for line in log(boot, "setup-arch") if "mirrored memory" in line)
+    mirrored, total = re.fullmatch(r"efi: Memory: (\d+)M/(\d+)M mirrored memory", line).groups()
+    assert GIB // MIB <= int(mirrored) <= int(total) - 1000
+    assert "  Node 0: 0x0000000140000000" in log(boot, "mm-init")
+    (movable,) = (zone for zone in boot.kernel.allocator.zones if zone.name == "Movable")
+    assert (movable.zone_start_pfn, movable.end_pfn) == (5 * GIB >> 12, boot.kernel.max_pfn)
 
 
 @pytest.mark.parametrize(
