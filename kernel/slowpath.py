@@ -30,7 +30,10 @@ MAX_RECLAIM_RETRIES = 16
 
 @dataclass(slots=True)
 class Hooks:
-    """What the page allocator asks of the rest of the kernel. Without one: no page can be reclaimed, nothing killed."""
+    """What the page allocator asks of the rest of the kernel.
+
+    Without them there is no kswapd (so boosts of watermarks stay), no page to reclaim and no process to kill.
+    """
 
     wakeup_kswapd: Callable[[ZoneBuddy, int], None] = lambda buddy, order: None
     """``wakeup_kswapd(zone, order)``."""
