@@ -58,8 +58,6 @@ class PageAllocator:
             ZoneBuddy(zone, number, self.pageblocks, self._allocated, rules, record)
             for number, zone in enumerate(zones)
         )
-        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
-        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
         self.accept = LazyAccept(unaccepted, rules, lazy=lazy)
         self.deferred = DeferredPages(self._free_deferred)
         self._managed = RangeSet()
@@ -94,7 +92,9 @@ class PageAllocator:
         return len(self.cpu_nodes) - 1
 
     def build_all_zonelists(self) -> None:
-        """Find the order in which each node's requests look at zones."""
+        """Find the order in which each node's requests look at zones; again after one changed its span."""
+        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
+        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
         self.zonelists = Zonelists(self.buddies, set(self.cpu_nodes), self._distances)
         self._contexts = {node: Contexts(self.zonelists, node) for node in self.zonelists.nodes}
 
@@ -130,7 +130,7 @@ class PageAllocator:
         """
         self.deferred.prepare(self.zones, memory)
         for start_pfn, end_pfn in memory:
-            self.sections.add(round_down(start_pfn, PAGES_PER_SECTION), round_up(end_pfn, PAGES_PER_SECTION))
+            self._add_sections(start_pfn, end_pfn)
         for start_pfn, end_pfn in ranges:
             for buddy, low_pfn, high_pfn in self._zone_slices(start_pfn, end_pfn):
                 self.free_pages_core(low_pfn, self.deferred.early(buddy.zone, low_pfn, high_pfn))
@@ -168,9 +168,14 @@ class PageAllocator:
             raise ValueError(f"pages [{start_pfn:#x}, {end_pfn:#x}): some are managed already")
         slices = list(self._zone_slices(start_pfn, end_pfn))
         self._managed.add(start_pfn, end_pfn)
+        self._add_sections(start_pfn, end_pfn)
         for buddy, low_pfn, high_pfn in slices:
             buddy.zone.managed_pages += high_pfn - low_pfn
         return slices
+
+    def _add_sections(self, start_pfn: int, end_pfn: int) -> None:
+        if start_pfn < end_pfn:
+            self.sections.add(round_down(start_pfn, PAGES_PER_SECTION), round_up(end_pfn, PAGES_PER_SECTION))
 
     def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
