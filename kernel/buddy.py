@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableSequence
 from enum import IntEnum
 
 from guest.trace import Event
-from guest.units import round_down
+from guest.units import round_down, round_up
 from kernel import fallback
 from kernel.free_area import MAX_ORDER, NR_PAGE_ORDERS
 from kernel.gfp import ALLOC_HIGHATOMIC, ALLOC_NOFRAGMENT, ALLOC_NON_BLOCK, ALLOC_OOM, ALLOC_WMARK_HIGH
@@ -203,10 +203,12 @@ class ZoneBuddy:
         return True
 
     def reserve_highatomic_pageblock(self, pfn: int, order: int) -> None:
-        """Keep the rest of a pageblock for requests of high order that cannot wait: up to 1 % of the zone."""
+        """Keep the rest of a pageblock for requests of high order that cannot wait: up to about 1 % of the zone."""
         percent = self.zone.managed_pages // 100
-        most = -(-percent // PAGEBLOCK_NR_PAGES) * PAGEBLOCK_NR_PAGES
-        if percent < PAGEBLOCK_NR_PAGES or self.zone.nr_reserved_highatomic >= most:
+        most = percent + PAGEBLOCK_NR_PAGES
+        if self.rules.claims:  # 6.12: no pageblock in a small zone
+            most = round_up(percent, PAGEBLOCK_NR_PAGES) if percent >= PAGEBLOCK_NR_PAGES else 0
+        if self.zone.nr_reserved_highatomic >= most:
             return
         if self.pageblocks.get(pfn) >= MIGRATE_PCPTYPES:
             return

@@ -54,9 +54,13 @@ class DeferredPages:
         self._waiting.setdefault(zone.node, RangeSet()).add(max(start_pfn, first), end_pfn)
         return max(start_pfn, first)
 
+    def waiting(self) -> Iterator[tuple[int, int]]:
+        """The ranges that wait, node by node."""
+        return (pages for node in self._waiting.values() for pages in node)
+
     def total(self) -> int:
-        """Pages that wait."""
-        return sum(pages.total() for pages in self._waiting.values())
+        """Number of pages that wait."""
+        return sum(end - start for start, end in self.waiting())
 
     def grow(self, zone: Zone, order: int) -> bool:
         """Free whole sections of a zone until there are as many pages as asked for, a section at least.
@@ -73,6 +77,8 @@ class DeferredPages:
             waiting.remove(start, end)
             self._free(zone, start, end)
             freed += end - start
+        if not waiting:
+            del self._first[zone.node]
         return True
 
     def init_late(self, zones: Sequence[Zone]) -> Iterator[int]:

@@ -16,6 +16,7 @@ from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import Memblock
 from kernel.memblock_type import NUMA_NO_NODE
+from kernel.mm_rules import MmRules
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.version import V6_3, KernelVersion
@@ -133,6 +134,11 @@ class Kernel:
         self.la57 = cpuid(0)[0] >= _CPUID_FEATURES and bool(cpuid(_CPUID_FEATURES)[2] & _LA57)
         bits = cpuid(_CPUID_ADDRESS_SIZES)[0] & 0xFF if last >= _CPUID_ADDRESS_SIZES else 0
         self.la57 = self.la57 or bits > MAX_PHYSMEM_BITS
+
+    @property
+    def mm_rules(self) -> MmRules:
+        """The rules of the page allocator of this version."""
+        return self.version.mm_rules
 
     @property
     def max_arch_pfn(self) -> int:

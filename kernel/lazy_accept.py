@@ -6,12 +6,18 @@ v9 02/14 (``try_to_accept_memory``) and mm/page_alloc.c of 6.12 (``cond_accept_m
 
 from __future__ import annotations
 
-from guest.units import PFN_PHYS
+import errno
+from collections.abc import Iterable
+
+from guest.units import PAGE_SIZE, PFN_PHYS, memparse
 from kernel.buddy import ZoneBuddy
 from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES
 from kernel.mm_rules import MmRules
 from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.zone_watermark import unusable_free
+
+MAX_ORDER_SIZE = PAGE_SIZE << MAX_ORDER
+_SPACES = " \t\n\v\f\r"
 
 
 class LazyAccept:
@@ -72,3 +78,22 @@ class LazyAccept:
             accepted = True
             to_accept -= MAX_ORDER_NR_PAGES
         return accepted
+
+    def store(self, buddies: Iterable[ZoneBuddy], text: str) -> int:
+        """A write to /sys/kernel/mm/page_alloc/accept_memory (v9 04/14): ``all``, or a size rounded up to blocks.
+
+        Blocks are accepted zone by zone. Returns the number of characters taken, or -EINVAL; a size may have a suffix
+        and trailing white space.
+        """
+        if text in ("all", "all\n"):
+            to_accept = 1 << 64
+        else:
+            to_accept, rest = memparse(text)
+            if rest.lstrip(_SPACES) or not to_accept:
+                return -errno.EINVAL
+        for buddy in buddies:
+            while self.accept_one(buddy):
+                if to_accept <= MAX_ORDER_SIZE:
+                    return len(text)
+                to_accept -= MAX_ORDER_SIZE
+        return len(text)

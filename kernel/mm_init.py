@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bootstub.e820_types import E820_TYPE_RAM, E820_TYPE_RESERVED_KERN
-from guest.ranges import Range
 from guest.units import (
     DIV_ROUND_UP,
     PAGE_SHIFT,
@@ -30,18 +29,9 @@ from kernel.events import STRUCT_PAGE_SIZE
 from kernel.kernel import COMMAND_LINE_SIZE, Kernel
 from kernel.madt import Madt, parse_madt
 from kernel.memblock import SMP_CACHE_BYTES
-from kernel.mmzone import (
-    MAX_DMA_PFN,
-    Zone,
-    free_area_init,
-    mem_pfn_ranges,
-    memory_node_lines,
-    nodes_of,
-    unavailable_ranges,
-    zone_ranges_lines,
-)
+from kernel.mm_core_init import mem_init, new_page_allocator, page_alloc_init_late, print_zonelists
+from kernel.mmzone import Zone, free_area_init, memory_node_lines, nodes_of, unavailable_ranges, zone_ranges_lines
 from kernel.numa import initmem_init
-from kernel.page_alloc import PageAllocator
 from kernel.percpu import setup_per_cpu_areas
 from kernel.sparse import sparse_init
 from kernel.srat import Srat, parse_srat
@@ -55,7 +45,6 @@ _PASSED_ON = ("nokaslr", "page_poison", "min_free_kbytes")
 """Parameters that the kernel itself does not know: the stub's, and some that people give it."""
 _FIXMAP_TABLES = 3
 """Page tables for what is mapped at fixed virtual addresses, seen in logs (spp_getpage())."""
-JIFFY_NS = 4_000_000
 
 
 def mm_init(kernel: Kernel) -> None:
@@ -73,67 +62,24 @@ def mm_init(kernel: Kernel) -> None:
     setup_per_cpu_areas(kernel, _cpu_nodes(kernel, srat, madt))
     for _ in range(max(nodes) + 1 + kernel.version.percpu_cpumasks):
         kernel.memblock_alloc(8, SMP_CACHE_BYTES, "alloc_bootmem_cpumask_var")
-    rules, record = kernel.version.mm_rules, kernel.machine.trace.add
-    allocator = kernel.allocator = PageAllocator(
-        zones, kernel.unaccepted, lazy=kernel.early.lazy_accept, rules=rules, record=record
-    )
-    if not rules.prints_memory_late:
-        _print_zonelists(kernel, allocator)
+    allocator = new_page_allocator(kernel, zones)
+    if not kernel.mm_rules.prints_memory_late:
+        print_zonelists(kernel, allocator)
     _print_unknown_bootoptions(kernel)
     _gigantic_pages(kernel)
     if len(nodes) == 1:  # else they are spread over nodes by vmalloc, later (hashdist)
         for name, scale in (("Dentry", 13), ("Inode", 14)):
             _alloc_large_system_hash(kernel, name, hash_pages, scale)
-    if rules.prints_memory_late:
-        _print_zonelists(kernel, allocator)
+    if kernel.mm_rules.prints_memory_late:
+        print_zonelists(kernel, allocator)
     for _ in range(_FIXMAP_TABLES):
         kernel.memblock_alloc(PAGE_SIZE, PAGE_SIZE, "spp_getpage")
     swiotlb_init(kernel, madt.possible_cpus)
-    memory = list(mem_pfn_ranges(kernel.memblock.memory.regions))
-    allocator.memblock_free_all(kernel.memblock.free_all(kernel.max_pfn), memory)
-    if not rules.prints_memory_late:
-        _mem_init_print_info(kernel, allocator)
-    allocator.setup_per_cpu_pageset()
+    mem_init(kernel, allocator)
     efi_free_boot_services(kernel, allocator)
     page_alloc_init_late(kernel, allocator)
     for place in kernel.memblock.discard():
         allocator.free_pages_core(PFN_DOWN(place.start), PFN_DOWN(place.end))
-
-
-def page_alloc_init_late(kernel: Kernel, allocator: PageAllocator) -> None:
-    """Free the deferred pages; the time it takes is given in ticks of 4 ms, as jiffies count it (HZ=250)."""
-    start = kernel.machine.clock.ns
-    for node in allocator.page_alloc_init_late():
-        ticks = kernel.machine.clock.ns // JIFFY_NS - start // JIFFY_NS
-        kernel.machine.print(f"node {node} deferred pages initialised in {ticks * JIFFY_NS // 1_000_000}ms")
-    if kernel.version.mm_rules.prints_memory_late:
-        _mem_init_print_info(kernel, allocator)
-
-
-def _print_zonelists(kernel: Kernel, allocator: PageAllocator) -> None:
-    """The fallback order of each node, and how many pages there are (build_all_zonelists())."""
-    for line in allocator.zonelists.lines():
-        kernel.machine.print(line)
-    pages = sum(zone.present_pages for zone in allocator.zones)
-    if not kernel.version.mm_rules.prints_memory_late:
-        pages -= sum(map(_memmap_pages, allocator.zones)) + _dma_reserve(kernel)
-    nodes = len(allocator.zonelists.nodes)
-    kernel.machine.print(f"Built {nodes} zonelists, mobility grouping on.  Total pages: {pages}")
-
-
-def _memmap_pages(zone: Zone) -> int:
-    """Pages for a zone's struct pages, as 6.3 guesses them to estimate its managed pages (calc_memmap_size())."""
-    sparse = zone.spanned_pages > zone.present_pages + (zone.present_pages >> 4)
-    pages = zone.present_pages if sparse else zone.spanned_pages
-    return DIV_ROUND_UP(pages * STRUCT_PAGE_SIZE, PAGE_SIZE)
-
-
-def _dma_reserve(kernel: Kernel) -> int:
-    """Pages below 16 MiB that memblock keeps (6.3, memblock_find_dma_reserve())."""
-    present = mem_pfn_ranges(kernel.memblock.memory.regions)
-    free = (Range(PFN_UP(r.start), PFN_DOWN(r.end)) for r in kernel.memblock.free_ranges())
-    below = [sum(max(min(end, MAX_DMA_PFN) - start, 0) for start, end in ranges) for ranges in (present, free)]
-    return below[0] - below[1]
 
 
 def _table(kernel: Kernel, signature: str) -> bytes | None:
@@ -270,16 +216,3 @@ def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) 
         f"{name}{'-' if name == 'Inode' else ' '}cache hash table entries: {entries} "
         f"(order: {order}, {size} bytes, linear)"
     )
-
-
-def _mem_init_print_info(kernel: Kernel, allocator: PageAllocator) -> None:
-    """The ``Memory:`` line, without the sizes of the kernel's sections, which its image does not tell.
-
-    6.3 prints it when deferred pages are not free yet, but does not call them reserved.
-    """
-    free, managed, present = (
-        sum(getattr(zone, name) for zone in allocator.zones) << PAGE_SHIFT - 10
-        for name in ("nr_free_pages", "managed_pages", "present_pages")
-    )
-    managed += allocator.deferred.total() << PAGE_SHIFT - 10
-    kernel.machine.print(f"Memory: {free}K/{present}K available ({present - managed}K reserved, 0K cma-reserved)")

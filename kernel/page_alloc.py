@@ -6,13 +6,12 @@ There is no CMA, no compaction and no memory cgroup. What reclaim does is up to 
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guest.ranges import RangeSet
 from guest.trace import Event
-from guest.units import PAGE_SIZE, PFN_DOWN, PFN_PHYS, memparse, round_down, round_up
+from guest.units import PFN_DOWN, PFN_PHYS, round_down, round_up
 from kernel import slowpath
 from kernel.buddy import ORDER_BITS, TYPE_BITS, ZoneBuddy
 from kernel.deferred import PAGES_PER_SECTION, DeferredPages
@@ -26,30 +25,17 @@ from kernel.gfp import (
     ALLOC_WMARK_MASK,
     GFP_KERNEL,
 )
-from kernel.lazy_accept import LazyAccept
+from kernel.lazy_accept import MAX_ORDER_SIZE, LazyAccept
 from kernel.migratetype import MIGRATE_MOVABLE, MIGRATE_PCPTYPES, PAGEBLOCK_ORDER, Pageblocks
 from kernel.mm_rules import V9_MM, MmRules
 from kernel.mmzone import Zone, setup_zone_wmarks
 from kernel.per_cpu_pages import pcp_allowed_order
 from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.zone_watermark import wmark_pages, zone_watermark_fast
-from kernel.zonelist import AllocContext, Distances, Zonelists
+from kernel.zonelist import AllocContext, Contexts, Distances, Zonelists
 
-MAX_ORDER_SIZE = PAGE_SIZE << MAX_ORDER
-_SPACES = " \t\n\v\f\r"
 _ORDER_MASK = (1 << ORDER_BITS) - 1
 _ZONE_SHIFT = ORDER_BITS + TYPE_BITS
-
-
-class _Contexts(dict[int, "AllocContext | None"]):
-    """The contexts of one node's requests by GFP flags, each made when it is asked for the first time."""
-
-    def __init__(self, make: Callable[[int], AllocContext | None]) -> None:
-        self._make = make
-
-    def __missing__(self, gfp: int) -> AllocContext | None:
-        self[gfp] = self._make(gfp)
-        return self[gfp]
 
 
 class PageAllocator:
@@ -72,8 +58,6 @@ class PageAllocator:
             ZoneBuddy(zone, number, self.pageblocks, self._allocated, rules, record)
             for number, zone in enumerate(zones)
         )
-        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
-        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
         self.accept = LazyAccept(unaccepted, rules, lazy=lazy)
         self.deferred = DeferredPages(self._free_deferred)
         self._managed = RangeSet()
@@ -83,7 +67,6 @@ class PageAllocator:
         self._pagesets_ready = False
         self.cpu_nodes: list[int] = []
         """The node of each CPU that is online."""
-        self._accepts_first = rules.accepts_first
         self.hooks = slowpath.Hooks()
         self.online_cpu(zones[0].node if zones else 0)
 
@@ -109,12 +92,11 @@ class PageAllocator:
         return len(self.cpu_nodes) - 1
 
     def build_all_zonelists(self) -> None:
-        """Find the order in which each node's requests look at zones."""
+        """Find the order in which each node's requests look at zones; again after one changed its span."""
+        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
+        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
         self.zonelists = Zonelists(self.buddies, set(self.cpu_nodes), self._distances)
-        self._contexts: dict[int, _Contexts] = {
-            node: _Contexts(lambda gfp, node=node: self.zonelists.context(gfp, node))  # type: ignore[misc]
-            for node in self.zonelists.nodes
-        }
+        self._contexts = {node: Contexts(self.zonelists, node) for node in self.zonelists.nodes}
 
     def setup_per_cpu_pageset(self) -> None:
         """Give the per-CPU lists their sizes; before that they hold nothing."""
@@ -148,7 +130,7 @@ class PageAllocator:
         """
         self.deferred.prepare(self.zones, memory)
         for start_pfn, end_pfn in memory:
-            self.sections.add(round_down(start_pfn, PAGES_PER_SECTION), round_up(end_pfn, PAGES_PER_SECTION))
+            self._add_sections(start_pfn, end_pfn)
         for start_pfn, end_pfn in ranges:
             for buddy, low_pfn, high_pfn in self._zone_slices(start_pfn, end_pfn):
                 self.free_pages_core(low_pfn, self.deferred.early(buddy.zone, low_pfn, high_pfn))
@@ -173,12 +155,11 @@ class PageAllocator:
 
     def _free_deferred(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
         """The same for deferred pages: what is less than a ``MAX_ORDER`` block is accepted in one piece."""
-        for pieces in (
-            (start_pfn, min(round_up(start_pfn, MAX_ORDER_NR_PAGES), end_pfn)),
-            (max(round_down(end_pfn, MAX_ORDER_NR_PAGES), start_pfn), end_pfn),
-        ):
-            if pieces[0] < pieces[1]:
-                self.accept.unaccepted.accept_memory(*map(PFN_PHYS, pieces))
+        head_end = min(round_up(start_pfn, MAX_ORDER_NR_PAGES), end_pfn)
+        tail_start = max(round_down(end_pfn, MAX_ORDER_NR_PAGES), head_end)
+        for low_pfn, high_pfn in ((start_pfn, head_end), (tail_start, end_pfn)):
+            if low_pfn < high_pfn:
+                self.accept.unaccepted.accept_memory(PFN_PHYS(low_pfn), PFN_PHYS(high_pfn))
         self.free_pages_core(start_pfn, end_pfn)
 
     def _new_slices(self, start_pfn: int, end_pfn: int) -> list[tuple[ZoneBuddy, int, int]]:
@@ -187,9 +168,14 @@ class PageAllocator:
             raise ValueError(f"pages [{start_pfn:#x}, {end_pfn:#x}): some are managed already")
         slices = list(self._zone_slices(start_pfn, end_pfn))
         self._managed.add(start_pfn, end_pfn)
+        self._add_sections(start_pfn, end_pfn)
         for buddy, low_pfn, high_pfn in slices:
             buddy.zone.managed_pages += high_pfn - low_pfn
         return slices
+
+    def _add_sections(self, start_pfn: int, end_pfn: int) -> None:
+        if start_pfn < end_pfn:
+            self.sections.add(round_down(start_pfn, PAGES_PER_SECTION), round_up(end_pfn, PAGES_PER_SECTION))
 
     def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
@@ -232,27 +218,16 @@ class PageAllocator:
     # Acceptance by hand.
 
     def accept_memory_sysfs(self, text: str) -> int:
-        """A write to /sys/kernel/mm/page_alloc/accept_memory: ``all``, or a size rounded up to 4 MiB blocks.
-
-        Returns the number of characters taken, or -EINVAL; a size may have a suffix and trailing white space.
-        """
-        if text in ("all", "all\n"):
-            to_accept = 1 << 64
-        else:
-            to_accept, rest = memparse(text)
-            if rest.lstrip(_SPACES) or not to_accept:
-                return -errno.EINVAL
-        for buddy in self.buddies:
-            while self.accept.accept_one(buddy):
-                if to_accept <= MAX_ORDER_SIZE:
-                    return len(text)
-                to_accept -= MAX_ORDER_SIZE
-        return len(text)
+        """A write to /sys/kernel/mm/page_alloc/accept_memory; the number of characters taken, or -EINVAL."""
+        return self.accept.store(self.buddies, text)
 
     # Allocation.
 
     def alloc_pages(self, gfp: int = GFP_KERNEL, order: int = 0, node: int = 0, cpu: int = 0) -> int | None:
         """Allocate a block of ``order`` for a CPU, from a node if possible: its first pfn, None if there is none.
+
+        ``gfp`` is flags of ``kernel/gfp.py``, ``cpu`` the number of one that is online. Wrong orders and nodes are
+        ``ValueError``.
 
         A single page comes from the CPU's list where that is possible without a look at anything else: the list
         has one, and the zone so many free pages that no watermark is near and nothing is to be accepted.
@@ -267,7 +242,7 @@ class PageAllocator:
                 zone, pcp = ac.zone, ac.pagesets[cpu]
                 pages = pcp.lists[ac.migratetype]
                 plenty = zone.nr_free_pages - zone.nr_unaccepted - zone.nr_reserved_highatomic - zone.watermark_boost
-                mark = zone.watermark.promo if self._accepts_first else zone.watermark.low
+                mark = zone.watermark.promo if self.rules.accepts_first else zone.watermark.low
                 if pages and 0 < mark < plenty - zone.lowmem_reserve[ac.highest_zoneidx]:
                     pcp.free_count >>= 1
                     pcp.count -= 1

@@ -66,7 +66,7 @@ class PageCache:
         return count
 
     def wakeup_kswapd(self, node: int, order: int = 0) -> None:
-        """Reclaim on a node until one of its zones meets its high watermark (``balance_pgdat``)."""
+        """Reclaim on a node until one of its zones meets its high watermark, then end boosts (``balance_pgdat``)."""
         if self._kswapd_runs:
             return
         self.kswapd_woken += 1
@@ -80,6 +80,8 @@ class PageCache:
                 self.kswapd_hopeless += 1
                 break
         self._set_reclaim_active(own, active=False)
+        for buddy in own:
+            buddy.zone.watermark_boost = 0
 
     def _set_reclaim_active(self, buddies: Iterable[ZoneBuddy], *, active: bool) -> None:
         self._kswapd_runs = active

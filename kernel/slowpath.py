@@ -18,6 +18,7 @@ from kernel.gfp import (
     Gfp,
     gfp_to_alloc_flags,
 )
+from kernel.mmzone import ZoneType
 from kernel.per_cpu_pages import PAGE_ALLOC_COSTLY_ORDER
 from kernel.zone_watermark import zone_watermark_ok
 
@@ -30,7 +31,10 @@ MAX_RECLAIM_RETRIES = 16
 
 @dataclass(slots=True)
 class Hooks:
-    """What the page allocator asks of the rest of the kernel. Without one: no page can be reclaimed, nothing killed."""
+    """What the page allocator asks of the rest of the kernel.
+
+    Without them there is no kswapd (so boosts of watermarks stay), no page to reclaim and no process to kill.
+    """
 
     wakeup_kswapd: Callable[[ZoneBuddy, int], None] = lambda buddy, order: None
     """``wakeup_kswapd(zone, order)``."""
@@ -47,7 +51,7 @@ def alloc_pages_slowpath(allocator: PageAllocator, ac: AllocContext, order: int,
 
     None where the kernel returns NULL, or where nothing is left to kill.
     """
-    gfp, hooks = ac.gfp, allocator.hooks
+    gfp = ac.gfp
     alloc_flags = gfp_to_alloc_flags(gfp, order)
     if alloc_flags & ALLOC_KSWAPD:
         _wake_all_kswapds(allocator, ac, order)
@@ -63,7 +67,7 @@ def alloc_pages_slowpath(allocator: PageAllocator, ac: AllocContext, order: int,
         no_progress_loops = 0 if progress else no_progress_loops + 1
         if not _should_reclaim_retry(allocator, ac, order, alloc_flags, no_progress_loops):
             pfn = allocator.get_page_from_freelist(ac, order, cpu, ALLOC_WMARK_HIGH)
-            if pfn is not None or gfp & Gfp.RETRY_MAYFAIL or not _oom(allocator, gfp, order, hooks):
+            if pfn is not None or not _out_of_memory(allocator, ac, order):
                 break
             no_progress_loops = 0
         pfn = allocator.get_page_from_freelist(ac, order, cpu, alloc_flags)
@@ -113,7 +117,10 @@ def _unreserve(allocator: PageAllocator, ac: AllocContext, *, force: bool) -> bo
     return any(buddy.unreserve_highatomic_pageblock(ac.migratetype, force=force) for buddy in ac.zonelist)
 
 
-def _oom(allocator: PageAllocator, gfp: int, order: int, hooks: Hooks) -> bool:
-    killed = hooks.out_of_memory(gfp, order)
-    allocator.record(OutOfMemory(gfp, order, killed))
+def _out_of_memory(allocator: PageAllocator, ac: AllocContext, order: int) -> bool:
+    """Kill a process, unless the request may fail or a kill may not help its zones; True if one was killed."""
+    if ac.gfp & (Gfp.RETRY_MAYFAIL | Gfp.THISNODE) or ac.highest_zoneidx < ZoneType.ZONE_NORMAL:
+        return False
+    killed = allocator.hooks.out_of_memory(ac.gfp, order)
+    allocator.record(OutOfMemory(ac.gfp, order, killed))
     return killed

@@ -110,3 +110,14 @@ class Zonelists:
         if len(self.nodes) > 1 and ZoneType.ZONE_DMA32 not in lower:
             return alloc_flags
         return alloc_flags | ALLOC_NOFRAGMENT
+
+
+class Contexts(dict[int, AllocContext | None]):
+    """The contexts of one node's requests by GFP flags, each made when it is asked for the first time."""
+
+    def __init__(self, zonelists: Zonelists, node: int) -> None:
+        self._zonelists, self._node = zonelists, node
+
+    def __missing__(self, gfp: int) -> AllocContext | None:
+        self[gfp] = self._zonelists.context(gfp, self._node)
+        return self[gfp]

@@ -12,7 +12,7 @@ from typing import Any
 from bootstub.events import KernelPlaced
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
-from kernel.events import Allocation, FileRead, FileWrite, MmPageAllocExtfrag
+from kernel.events import Allocation, FileRead, FileWrite, MmPageAllocExtfrag, OutOfMemory
 from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
@@ -41,6 +41,8 @@ def event_text(event: Event) -> str:
             return f"alloc order {order}: {count} of {wanted} blocks, {accepted_pages * 4} KiB accepted"
         case MmPageAllocExtfrag():
             return f"mm_page_alloc_extfrag: {event.text}"
+        case OutOfMemory(gfp, order, killed):
+            return f"out of memory: gfp_mask={gfp:#x}, order={order}, {'one' if killed else 'nobody'} killed"
         case StageBegin():
             return "stage begins"
         case StageEnd():

@@ -25,6 +25,7 @@ class AllocGuest:
     def __init__(
         self, new_bitmap: Callable[[], GuestBitmap], *zones: tuple[int, ...], free: bool = True,
         unaccepted: tuple[tuple[int, int], ...] = (), rules: MmRules = MAINLINE_MM,
+        kind: type[PageAllocator] = PageAllocator,
     ) -> None:  # fmt: skip
         bitmap = new_bitmap()
         for start, end in unaccepted:
@@ -36,7 +37,7 @@ class AllocGuest:
             for kind, start, pages, *node in zones
         ]
         self.events: list[object] = []
-        self.allocator = PageAllocator(self.zones, self.unaccepted, lazy=True, rules=rules, record=self.events.append)
+        self.allocator = kind(self.zones, self.unaccepted, lazy=True, rules=rules, record=self.events.append)
         if free:
             self.allocator.memblock_free_all((zone.zone_start_pfn, zone.end_pfn) for zone in self.zones)
 

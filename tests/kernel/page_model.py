@@ -32,9 +32,8 @@ class PageModel:
             self._zone(buddy)
         for pfn, order in self.used.items():
             self.put(pfn, pfn + (1 << order), USED)
-        for waiting in self.allocator.deferred._waiting.values():
-            for start, end in waiting:
-                self.put(start, end, WAITING)
+        for start, end in self.allocator.deferred.waiting():
+            self.put(start, end, WAITING)
         managed = sum(zone.managed_pages for zone in self.allocator.zones)
         assert managed == self.nr_pages - self.owner.count(0) - self.owner.count(WAITING)
 

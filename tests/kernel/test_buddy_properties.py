@@ -11,7 +11,9 @@ from kernel.gfp import GFP_ATOMIC, GFP_DMA, GFP_HIGHUSER_MOVABLE, GFP_KERNEL, Gf
 from kernel.mm_rules import MAINLINE_MM, V9_MM
 from kernel.mmzone import Zone, ZoneType
 from kernel.page_alloc import PageAllocator
+from kernel.proc import buddyinfo, pagetypeinfo, vmstat, zoneinfo
 from kernel.unaccepted_memory import UnacceptedMemory
+from tests.kernel.alloc_guest import NORMAL_PFN, AllocGuest
 from tests.kernel.page_model import PageModel
 
 GFPS = [GFP_KERNEL, GFP_HIGHUSER_MOVABLE, GFP_KERNEL | Gfp.RECLAIMABLE, GFP_ATOMIC, GFP_DMA | GFP_KERNEL]
@@ -104,3 +106,49 @@ def test_random_requests(new_bitmap, rules, seed):
     assert set(model.owner) <= {0, 1, 4}
     assert all(start % PMD_SIZE == 0 == end % PMD_SIZE for start, end in machine.requests)
     assert any(event.name == "MmPageAllocExtfrag" for event in machine.events)
+
+
+class PlainAllocator(PageAllocator):
+    """Without the short way to a page of the CPU's own list."""
+
+    def alloc_pages(self, gfp=GFP_KERNEL, order=0, node=0, cpu=0):
+        return self._alloc_pages(gfp, order, node, cpu)
+
+
+def requests_of(guest, seed):
+    """Thousands of requests, mostly for single pages, through times of plenty and of want; what came of each."""
+    rng, allocator, pages, results = random.Random(seed), guest.allocator, [], []
+    for number in range(6000):
+        wanted = 60_000 if number // 1000 % 2 else 500  # pages in use, of 98304
+        if sum(1 << order for _, order in pages) < wanted * rng.random() * 2:
+            gfp = rng.choices(GFPS, WEIGHTS)[0]
+            order = rng.choice([0, 0, 0, 3, 9]) if wanted > 500 else 0
+            pfn = allocator.alloc_pages(gfp, order, cpu=rng.randrange(2))
+            results.append(pfn)
+            pages += [] if pfn is None else [(pfn, order)]
+        elif pages:
+            allocator.free_pages(*pages.pop(rng.randrange(len(pages))), cpu=rng.randrange(2))
+    return results
+
+
+@pytest.mark.parametrize("rules", [V9_MM, MAINLINE_MM], ids=lambda rules: rules.name)
+def test_the_short_way_changes_nothing(new_bitmap, rules):
+    """With and without it the same pages are handed out, the same memory is accepted, the same is counted."""
+    guests, results = [], []
+    for kind in (PageAllocator, PlainAllocator):
+        zones = (1, 1 << 16, 1 << 15), (2, NORMAL_PFN, 1 << 16)
+        guest = AllocGuest(
+            new_bitmap, *zones, rules=rules, unaccepted=((NORMAL_PFN + (1 << 15), NORMAL_PFN + (1 << 16)),), kind=kind
+        )
+        guest.allocator.online_cpu()
+        guest.allocator.init_per_zone_wmark_min(transparent_hugepage=False)
+        guests.append(guest)
+        results.append(requests_of(guest, 1))
+    short, plain = guests
+    assert results[0] == results[1]
+    assert (short.accepted, short.events) == (plain.accepted, plain.events)
+    for file in (vmstat, zoneinfo, buddyinfo, pagetypeinfo):
+        assert file(short.allocator) == file(plain.allocator)
+    fast = [sum(pcp.fast_allocs for buddy in g.allocator.buddies for pcp in buddy.pagesets) for g in guests]
+    assert fast[0] > 1000
+    assert fast[1] == 0

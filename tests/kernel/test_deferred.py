@@ -64,6 +64,7 @@ def test_growth_on_demand(new_bitmap):
     assert guest.zones[1].managed_pages == 8 * S
     assert guest.allocator.deferred.total() == 0
     assert guest.zones[0].nr_free_pages == 0
+    assert list(guest.allocator.page_alloc_init_late()) == []
 
 
 @pytest.mark.parametrize("rules", [V9_MM, MAINLINE_MM], ids=lambda rules: rules.name)

@@ -139,9 +139,14 @@ def test_reserve_is_given_back_before_an_allocation_fails(new_bitmap, rules):
     assert guest.allocator.pageblocks.get(first) != MIGRATE_HIGHATOMIC
 
 
-def test_reserve_is_one_percent(new_bitmap):
-    """No more than a hundredth of the zone, in whole pageblocks."""
-    guest, zone = highatomic(new_bitmap, MAINLINE_MM)
-    for _ in range(2000):
-        guest.allocator.alloc_pages(GFP_ATOMIC, 3)
-    assert zone.nr_reserved_highatomic == 3 * 512
+@pytest.mark.parametrize(
+    ("rules", "pages", "blocks"),
+    [(V9_MM, 1 << 17, 4), (MAINLINE_MM, 1 << 17, 3), (V9_MM, 8192, 2), (MAINLINE_MM, 8192, 0)],
+)
+def test_reserve_is_one_percent(new_bitmap, rules, pages, blocks):
+    """About a hundredth of the zone; in a small zone v9 reserves a pageblock or two, mainline none."""
+    guest = AllocGuest(new_bitmap, (2, NORMAL_PFN, pages), rules=rules)
+    guest.zones[0].watermark = Watermarks(0, pages + 1, pages + 2, pages + 3)
+    while guest.allocator.alloc_pages(GFP_ATOMIC, 4) is not None and guest.zones[0].nr_free_pages > pages // 2:
+        pass
+    assert guest.zones[0].nr_reserved_highatomic == blocks * 512

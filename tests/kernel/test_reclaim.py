@@ -147,7 +147,13 @@ def test_direct_reclaim(new_bitmap, rules):
 @RULES
 @pytest.mark.parametrize(
     ("gfp", "order"),
-    [(GFP_KERNEL | Gfp.NORETRY, 0), (GFP_KERNEL | Gfp.RETRY_MAYFAIL, 0), (GFP_KERNEL, 4), (GFP_ATOMIC, 0)],
+    [
+        (GFP_KERNEL | Gfp.NORETRY, 0),
+        (GFP_KERNEL | Gfp.RETRY_MAYFAIL, 0),
+        (GFP_KERNEL | Gfp.THISNODE, 0),
+        (GFP_KERNEL, 4),
+        (GFP_ATOMIC, 0),
+    ],
 )
 def test_who_is_not_worth_a_kill(new_bitmap, rules, gfp, order):
     """Requests that may fail, cannot wait or are too large kill nobody."""

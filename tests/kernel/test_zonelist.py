@@ -132,3 +132,15 @@ def test_alloc_flags():
     assert gfp_to_alloc_flags(GFP_ATOMIC, 1) == 0x800 | 0x20 | 0x10 | 0x200
     assert gfp_to_alloc_flags(GFP_NOWAIT, 1) == 0x800 | 0x10
     assert gfp_to_alloc_flags(GFP_TRANSHUGE, 9) == 0
+
+
+def test_a_zone_that_grew(new_bitmap):
+    """Memory that is added behind a zone can be freed to it once the zonelists are built anew."""
+    guest = AllocGuest(new_bitmap, (1, 4096, 4096), (2, NORMAL_PFN, 0))
+    assert guest.allocator.alloc_pages(GFP_KERNEL, 10) == 4096
+    normal = guest.zones[1]
+    normal.spanned_pages = normal.present_pages = 2048
+    guest.allocator.build_all_zonelists()
+    guest.allocator.free_pages_core(NORMAL_PFN, NORMAL_PFN + 2048)
+    assert guest.allocator.alloc_pages(GFP_KERNEL, 10) == NORMAL_PFN
+    assert guest.allocator.nr_sections == 2
