@@ -2,7 +2,8 @@
 
 They begin where the recorded stub ended: with its memory map, its e820 table and its table of unaccepted memory. What
 the kernel does up to its page allocator is compared: the log's lines about memory, each accept_memory() of memblock in
-order, and what the TD had to accept for them. What the real kernel accepts later, for its own allocations, is not.
+order, and what the TD had to accept for them. From there to ``/init`` the real kernel allocates for itself; how much is
+accepted by then is compared to 5 %, with allocations that are counted, not modelled.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
 from guest.machine import Machine
 from guest.records import GuestRecord, field_extents
 from guest.trace import Print
-from guest.units import PAGE_SIZE, SZ_1M
+from guest.units import PAGE_SHIFT, PAGE_SIZE, SZ_1M
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.setup_arch import setup_arch
@@ -39,7 +40,7 @@ def compare(case: dict[str, Any]) -> list[str]:
     """The differences, one line each."""
     kernel, lines, pending = _run(case)
     recorded = [[call["start"], call["size"]] for call in case["accept_memory_calls"] if _MEMBLOCK & set(call["by"])]
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "e820": (_starting(lines, "BIOS-e820: "), _stripped(case["e820"])),
         "zones": (_after(lines, "Zone ranges:"), _stripped(case["zones"])),
         "early_nodes": (_after(lines, "Early memory node ranges"), _stripped(case["early_nodes"])),
@@ -48,7 +49,43 @@ def compare(case: dict[str, Any]) -> list[str]:
     }
     if not kernel.early.lazy_accept:  # nothing is left for later
         pairs["still pending"] = (pending, case["still_pending"])
+    accepted, theirs = _accepted_at_init(kernel, case, pending)
+    far = abs(accepted - theirs) > theirs * _TOLERANCE
+    pairs["accepted at /init, KiB"] = (accepted, theirs) if far else (0, 0)
     return [f"{name}: {first_difference(ours, theirs)}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+_TOLERANCE = 0.05
+_CALLS_BEFORE_WATERMARKS, _CALLS_PER_SECTION = 65, 0.9
+"""Order-0 requests between page_alloc_init_late() and init_per_zone_wmark_min(), of which each accepts a block: fitted to
+the recorded boots. Those for each section of 128 MiB are for its device in /sys (memory_dev_init())."""
+_FIRST_SECTION_BLOCKS = 32
+"""Blocks of the first section of a zone, which wait for nobody: all are accepted before deferred pages are freed."""
+
+
+def _accepted_at_init(kernel: Kernel, case: dict[str, Any], pending: list[list[int]]) -> tuple[int, int]:
+    """KiB that are accepted after the stub and before /init, here and there."""
+    allocator, meminfo = kernel.allocator, dict(reversed(case["meminfo"]))
+    assert allocator is not None
+    total = sum(end - start for start, end in case["still_pending"]) >> 10
+    total += sum(count << 12 + 9 * level for _, level, status, count in case["accept_kernel"] if not status) >> 10
+    used = (meminfo["MemTotal"] - meminfo["MemFree"]) >> PAGE_SHIFT - 10
+    sections = len({at for r in kernel.memblock.memory.regions for at in range(r.base >> 27, (r.end - 1 >> 27) + 1)})
+    early = _FIRST_SECTION_BLOCKS + _CALLS_BEFORE_WATERMARKS + round(_CALLS_PER_SECTION * sections)
+    before = _unaccepted(kernel)
+    for _ in range(early):
+        allocator.alloc_pages()
+    allocator.init_per_zone_wmark_min(transparent_hugepage=True)
+    for _ in range(max(used - early, 0)):
+        allocator.alloc_pages()
+    ours = total - (sum(end - start for start, end in pending) >> 10) + before - _unaccepted(kernel)
+    return ours, total - meminfo["Unaccepted"]
+
+
+def _unaccepted(kernel: Kernel) -> int:
+    """KiB that wait on the zones' lists."""
+    assert kernel.allocator is not None
+    return sum(zone.nr_unaccepted for zone in kernel.allocator.zones) << PAGE_SHIFT - 10
 
 
 _MEMBLOCK = {"memblock_alloc_range_nid", "memblock_double_array"}
