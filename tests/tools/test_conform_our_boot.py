@@ -42,6 +42,18 @@ def test_what_differs_is_found(field, tmp_path, capsys):
     assert f"    {names.get(field, field.replace('still_', 'still '))}: " in out
 
 
+def test_much_more_accepted_memory_is_found(tmp_path, capsys):
+    """What is accepted when user space begins may differ by 5 %, and no more."""
+    with gzip.open(BOOTS, "rt") as file:
+        case = next(case for case in map(json.loads, file) if case["name"] == "base")
+    path = tmp_path / "boot.jsonl"
+    for less, status in ((16 << 10, 0), (40 << 10, 1)):
+        changed = {**case, "meminfo": [[n, v - less if n == "Unaccepted" else v] for n, v in case["meminfo"]]}
+        path.write_text(json.dumps(changed) + "\n")
+        assert main(["conform", "--ours", str(path)]) == status
+        assert ("accepted at /init" in capsys.readouterr().out) == bool(status)
+
+
 def test_other_families_have_no_ours(capsys):
     """--ours is for runs of a kernel image."""
     assert main(["conform", "--ours", str(BOOTS.with_name("e820.jsonl.gz"))]) == 1

@@ -57,8 +57,8 @@ def compare(case: dict[str, Any]) -> list[str]:
 
 _TOLERANCE = 0.05
 _CALLS_BEFORE_WATERMARKS, _CALLS_PER_SECTION = 65, 0.9
-"""Order-0 requests between page_alloc_init_late() and init_per_zone_wmark_min(), of which each accepts a block: fitted to
-the recorded boots. Those for each section of 128 MiB are for its device in /sys (memory_dev_init())."""
+"""Order-0 requests between page_alloc_init_late() and init_per_zone_wmark_min(), each of which accepts a block: fitted
+to the recorded boots. Those for each section of 128 MiB are for its device in /sys (memory_dev_init())."""
 _FIRST_SECTION_BLOCKS = 32
 """Blocks of the first section of a zone, which wait for nobody: all are accepted before deferred pages are freed."""
 
