@@ -37,6 +37,8 @@ class EarlyParams:
     lazy_accept: bool = True
     """``accept_memory=lazy`` (default) or ``eager`` (v9 02/14)."""
     nokaslr: bool = False
+    fake_unaccepted_start: int | None = None
+    """``fake_unaccepted_start=``: an address (v9 03/14)."""
     notes: tuple[str, ...] = ()
     map_edits: list[MapEdit] = field(default_factory=list)
     user_map: bool = False
@@ -76,6 +78,15 @@ def _accept_memory(params: EarlyParams, value: str | None) -> bool:
 def _nokaslr(params: EarlyParams, value: str | None) -> bool:
     params.nokaslr = params.nokaslr or value is None
     return True
+
+
+def _fake_unaccepted_start(params: EarlyParams, value: str | None) -> bool:
+    """An address; text behind it turns the feature off."""
+    if value is None:
+        return False
+    address, rest = memparse(value)
+    params.fake_unaccepted_start = None if rest else address
+    return not rest
 
 
 def _mem(params: EarlyParams, value: str | None) -> bool:
@@ -161,6 +172,7 @@ def _hugepages(params: EarlyParams, value: str | None) -> bool:
 _HANDLERS: dict[str, Callable[[EarlyParams, str | None], bool]] = {
     "accept_memory": _accept_memory,
     "nokaslr": _nokaslr,
+    "fake_unaccepted_start": _fake_unaccepted_start,
     "mem": _mem,
     "memmap": _memmap,
     "memblock": _memblock,

@@ -139,7 +139,7 @@ def efi_init(kernel: Kernel) -> None:
     tables = dict(_known_tables(kernel, found))
     machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
     kernel.dmi = "SMBIOS" in tables or "SMBIOS 3.0" in tables
-    kernel.rsdp = kernel.rsdp or tables.get(_ACPI_20, 0) or tables.get(_ACPI, 0)
+    kernel.acpi_rsdp = kernel.acpi_rsdp or tables.get(_ACPI_20, 0) or tables.get(_ACPI, 0)
     if _MEMATTR in tables:
         _efi_memattr_init(kernel, tables[_MEMATTR])
     if _UNACCEPTED in tables:

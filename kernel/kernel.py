@@ -68,7 +68,7 @@ class Kernel:
     mapped: list[Range] = field(default_factory=list)
     dmi: bool = False
     """There is an SMBIOS table."""
-    rsdp: int = 0
+    acpi_rsdp: int = 0
     """What boot_params or EFI say of where the RSDP is; 0 if nothing."""
     acpi: list[AcpiTable] = field(default_factory=list)
     node_data: dict[int, int] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Kernel:
             memblock=Memblock(accept_memory, clear_memory=memory.clear, panic=machine.panic, version=version.memblock),
             version=version,
             memory_kaslr=bool(params["hdr.loadflags"] & _KASLR_FLAG),
-            rsdp=params["acpi_rsdp_addr"],
+            acpi_rsdp=params["acpi_rsdp_addr"],
         )
         kernel._find_features()
         if image_size:

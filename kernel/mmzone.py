@@ -16,6 +16,7 @@ from kernel.free_area import BlockRuns, FreeArea
 from kernel.memblock_type import MemblockRegion
 from kernel.watermark import (
     LOWMEM_RESERVE_RATIO,
+    WATERMARK_SCALE_FACTOR,
     Watermarks,
     calculate_min_free_kbytes,
     lowmem_reserves,
@@ -186,6 +187,7 @@ def setup_zone_wmarks(zones: Sequence[Zone], *, transparent_hugepage: bool) -> i
     lowmem_pages = _lowmem_pages(zones)
     min_free_kbytes = calculate_min_free_kbytes(lowmem_pages)
     setup_per_zone_wmarks(zones, min_free_kbytes)
+    setup_per_zone_lowmem_reserve(zones)
     if transparent_hugepage and sum(zone.managed_pages for zone in zones) >= THP_MIN_PAGES:
         free_buffer_pages = sum(
             max(zone.managed_pages - zone.watermark.high, 0) for zone in zones if zone.zone_type < ZoneType.ZONE_MOVABLE
@@ -196,15 +198,21 @@ def setup_zone_wmarks(zones: Sequence[Zone], *, transparent_hugepage: bool) -> i
     return min_free_kbytes
 
 
-def setup_per_zone_wmarks(zones: Sequence[Zone], min_free_kbytes: int) -> None:
-    """Set watermarks for ``min_free_kbytes``, and each node's reserves (setup_per_zone_lowmem_reserve())."""
+def setup_per_zone_wmarks(
+    zones: Sequence[Zone], min_free_kbytes: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> None:
+    """Set watermarks from vm.min_free_kbytes and vm.watermark_scale_factor (``setup_per_zone_wmarks``)."""
     lowmem_pages = _lowmem_pages(zones)
     for zone in zones:
         managed = zone.managed_pages
         if zone.zone_type == ZoneType.ZONE_MOVABLE:
-            zone.watermark = movable_zone_wmarks(min_free_kbytes, managed, lowmem_pages)
+            zone.watermark = movable_zone_wmarks(min_free_kbytes, managed, lowmem_pages, scale_factor)
         else:
-            zone.watermark = zone_wmarks(min_free_kbytes, managed, lowmem_pages)
+            zone.watermark = zone_wmarks(min_free_kbytes, managed, lowmem_pages, scale_factor)
+
+
+def setup_per_zone_lowmem_reserve(zones: Sequence[Zone]) -> None:
+    """Set what each zone of a node keeps back from requests for higher ones."""
     for nid in {zone.node for zone in zones}:
         node = [zone for zone in zones if zone.node == nid]
         for zone, reserve in zip(node, lowmem_reserves([zone.managed_pages for zone in node]), strict=False):

@@ -138,7 +138,7 @@ def _reserve_initrd(kernel: Kernel) -> None:
 
 def _acpi_boot_table_init(kernel: Kernel) -> None:
     """Find ACPI's tables and keep their memory."""
-    kernel.acpi = list(walk_tables(kernel.machine, find_rsdp(kernel.machine, kernel.rsdp)))
+    kernel.acpi = list(walk_tables(kernel.machine, find_rsdp(kernel.machine, kernel.acpi_rsdp)))
     for table in kernel.acpi:
         where = f"[mem {table.gpa:#x}-{table.gpa + table.size - 1:#x}]"
         kernel.machine.print(f"ACPI: Reserving {table.signature} table memory at {where}")

@@ -46,16 +46,20 @@ def recommended_min_free_kbytes(min_free_kbytes: int, nr_zones: int, free_buffer
     return max(min_free_kbytes, recommended << KBYTES_SHIFT)
 
 
-def zone_wmarks(min_free_kbytes: int, managed: int, lowmem_pages: int) -> Watermarks:
+def zone_wmarks(
+    min_free_kbytes: int, managed: int, lowmem_pages: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> Watermarks:
     """Watermarks of a zone with ``managed`` pages among ``lowmem_pages`` (``__setup_per_zone_wmarks``)."""
     share = _share(min_free_kbytes, managed, lowmem_pages)
-    return _spaced(share, share, managed)
+    return _spaced(share, share, managed, scale_factor)
 
 
-def movable_zone_wmarks(min_free_kbytes: int, managed: int, lowmem_pages: int) -> Watermarks:
+def movable_zone_wmarks(
+    min_free_kbytes: int, managed: int, lowmem_pages: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> Watermarks:
     """Watermarks of zone Movable: its minimum is for page reclaim alone (``__setup_per_zone_wmarks``)."""
     wmark_min = min(max(managed // 1024, SWAP_CLUSTER_MAX), 128)
-    return _spaced(wmark_min, _share(min_free_kbytes, managed, lowmem_pages), managed)
+    return _spaced(wmark_min, _share(min_free_kbytes, managed, lowmem_pages), managed, scale_factor)
 
 
 def _share(min_free_kbytes: int, managed: int, lowmem_pages: int) -> int:
@@ -63,8 +67,8 @@ def _share(min_free_kbytes: int, managed: int, lowmem_pages: int) -> int:
     return pages_min * managed // lowmem_pages if managed and lowmem_pages else 0
 
 
-def _spaced(wmark_min: int, share: int, managed: int) -> Watermarks:
-    step = max(share >> 2, managed * WATERMARK_SCALE_FACTOR // 10_000)
+def _spaced(wmark_min: int, share: int, managed: int, scale_factor: int) -> Watermarks:
+    step = max(share >> 2, managed * scale_factor // 10_000)
     return Watermarks(wmark_min, wmark_min + step, wmark_min + 2 * step, wmark_min + 3 * step)
 
 

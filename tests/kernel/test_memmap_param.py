@@ -108,6 +108,23 @@ def test_other_parameters():
     assert params.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "address", "refused"),
+    [
+        ("fake_unaccepted_start=1G", GIB, False),
+        ("fake_unaccepted_start=0x1000", 0x1000, False),
+        ("fake_unaccepted_start=1Gx", None, True),
+        ("fake_unaccepted_start", None, True),
+        ("fake_unaccepted_start=1G fake_unaccepted_start=2Gx", None, True),
+        ("", None, False),
+    ],
+)
+def test_fake_unaccepted_start(text, address, refused):
+    """An address; text behind it turns the feature off again."""
+    params = parse_early_param(text)
+    assert (params.fake_unaccepted_start, bool(params.notes)) == (address, refused)
+
+
 @pytest.mark.parametrize("text", ["hugepagesz=3M", "hugepages=x", "hugepages", "kernelcore", "numa", "log_buf_len"])
 def test_malformed_ones_are_named(text):
     """The kernel says which option it did not understand."""

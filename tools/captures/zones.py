@@ -16,6 +16,7 @@ from kernel.mmzone import (
     THP_MIN_PAGES,
     Zone,
     ZoneType,
+    setup_per_zone_lowmem_reserve,
     setup_per_zone_wmarks,
     setup_zone_wmarks,
 )
@@ -152,6 +153,7 @@ def _watermarks(capture: Capture, captured: Sequence[CapturedZone], then: Sequen
     min_free = int(capture.vm.get("min_free_kbytes", 0))
     at_boot, at_end = list(then), [replace(z, managed_pages=c.managed) for z, c in zip(then, captured, strict=True)]
     setup_per_zone_wmarks(at_boot, min_free)
+    setup_per_zone_lowmem_reserve(at_boot)
     setup_per_zone_wmarks(at_end, min_free)
     late = "sysctl.vm.min_free_kbytes" in capture.command_line
     zones = at_end if late else at_boot
