@@ -21,6 +21,7 @@ SZ_128K = 1 << 17
 SZ_1M = 1 << 20
 SZ_2M = 1 << 21
 SZ_4M = 1 << 22
+SZ_8M = 1 << 23
 SZ_16M = 1 << 24
 SZ_32M = 1 << 25
 SZ_64M = 1 << 26
@@ -68,7 +69,7 @@ def DIV_ROUND_UP(value: int, divisor: int) -> int:
 
 
 _U64_MAX = (1 << 64) - 1
-_MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([kKmMgGtTpPeE]?)")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*")
 
 
 def memparse(text: str) -> tuple[int, str]:
@@ -78,17 +79,22 @@ def memparse(text: str) -> tuple[int, str]:
     where the digits of its base end, and wraps at 64 bits. Text that does not start with a number gives 0 and
     the whole text, so that the caller can refuse it. Source: lib/cmdline.c, memparse().
     """
-    match = _MEMPARSE.match(text)
+    number, rest = simple_strtoull(text)
+    at = "kmgtpe".find(rest[:1].lower()) if rest and rest != text else -1
+    return (number << 10 * (at + 1)) & _U64_MAX, rest[1:] if at >= 0 else rest
+
+
+def simple_strtoull(text: str) -> tuple[int, str]:
+    """A number alone, as :func:`memparse` reads it, and the text that is left (lib/vsprintf.c)."""
+    match = _NUMBER.match(text)
     if match is None:
         return 0, text
-    digits, suffix = match.groups()
+    digits = match[0]
     base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10
     number = 0
     for digit in digits[2:] if base == 16 else digits:  # int() refuses a decimal number of thousands of digits
         number = (number * base + int(digit, base)) & _U64_MAX
-    if suffix:
-        number <<= 10 * (1 + "kmgtpe".index(suffix.lower()))
-    return number & _U64_MAX, text[match.end() :]
+    return number, text[match.end() :]
 
 
 def size_text(size: int) -> str:

@@ -19,7 +19,7 @@ from bootstub.e820_types import (
     E820_TYPE_SOFT_RESERVED,
     type_word,
 )
-from guest.units import PAGE_SHIFT, SZ_1M, SZ_4G
+from guest.units import PAGE_SHIFT, SZ_1M, SZ_4G, SZ_4M
 
 E820_MAX_ENTRIES = E820_MAX_ENTRIES_ZEROPAGE + 3 * 64
 """Capacity of the kernel's table with NODES_SHIFT=6, the default of x86-64."""
@@ -54,6 +54,16 @@ class E820Table:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def copy(self) -> E820Table:
+        """A table of its own with the same entries."""
+        table = E820Table(capacity=self.capacity)
+        table._entries = list(self._entries)
+        return table
+
+    def clear(self) -> None:
+        """Drop all entries."""
+        self._entries.clear()
 
     def range_add(self, start: int, size: int, e820_type: int) -> bool:
         """Append an entry. A full table ignores it and answers False (``e820__range_add``)."""
@@ -144,6 +154,20 @@ class E820Table:
             for entry in self._entries
         ]
 
+    def search_gap(self, max_pfn: int) -> tuple[int, int]:
+        """Start and size of the largest gap below 4 GiB, the lowest of equal ones, at least 4 MiB.
+
+        Without one, the place 1 MiB behind RAM (``e820__setup_pci_gap``, ``e820_search_gap``). Of a table that is
+        not sorted only what lies below all entries already looked at, from the last one on, counts as a gap.
+        """
+        size, start, last = SZ_4M, (max_pfn << PAGE_SHIFT) + SZ_1M, SZ_4G
+        for entry in reversed(self._entries):
+            end = _end(entry)
+            if last > end and last - end >= size:
+                size, start = last - end, end
+            last = min(last, entry.addr)
+        return start, size
+
     def _meeting(self, start: int, end: int, e820_type: int | None) -> Iterator[BootE820Entry]:
         for entry in self._entries:
             if e820_type in (None, entry.type) and entry.addr < end and _end(entry) > start:
@@ -207,6 +231,20 @@ def memory_setup(
         table.range_add(HIGH_MEMORY, max(alt_mem_k, ext_mem_k) << 10, E820_TYPE_RAM)
     table.update_table()
     return who, table
+
+
+def update_line(start: int, size: int, old_type: int, new_type: int) -> str:
+    """What ``e820__range_update`` prints."""
+    return f"e820: update {_mem_text(start, size)} {type_word(old_type)} ==> {type_word(new_type)}"
+
+
+def remove_line(start: int, size: int, old_type: int | None) -> str:
+    """What ``e820__range_remove`` prints; nothing behind the range if any type goes."""
+    return f"e820: remove {_mem_text(start, size)} {'' if old_type is None else type_word(old_type)}"
+
+
+def _mem_text(start: int, size: int) -> str:
+    return f"[mem {start:#010x}-{(start + size - 1) % _U64_END:#010x}]"
 
 
 def _end(entry: BootE820Entry) -> int:

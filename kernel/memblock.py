@@ -1,7 +1,8 @@
-"""memblock: the allocator of early boot (mm/memblock.c, without NUMA).
+"""memblock: the allocator of early boot (mm/memblock.c).
 
 Two arrays: ``memory`` is what there is, ``reserved`` what is taken. Functions keep the kernel's names without
-the prefix ``memblock_``. Addresses and sizes are bytes.
+the prefix ``memblock_``. Addresses and sizes are bytes. ``who`` is the function that calls, for ``memblock=debug``;
+``nid`` is a node, ``NUMA_NO_NODE`` any.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ from functools import partial
 from guest.errors import BootError, GuestPanic
 from guest.ranges import Range
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_UP, round_down, round_up
+from kernel.memblock_debug import alloc_line, doubled_line, dump_lines, range_line
 from kernel.memblock_iter import free_mem_ranges
-from kernel.memblock_type import PHYS_ADDR_MAX, MemblockFlags, MemblockRegion, MemblockType, memblock_cap_size
+from kernel.memblock_type import (
+    NUMA_NO_NODE,
+    PHYS_ADDR_MAX,
+    MemblockFlags,
+    MemblockRegion,
+    MemblockType,
+    memblock_cap_size,
+)
 
 MEMBLOCK_ALLOC_ACCESSIBLE = 0
 MEMBLOCK_ALLOC_NOLEAKTRACE = 1
@@ -50,7 +59,8 @@ class Memblock:
     ``clear_memory(start, end)`` where a doubled region array is written to memory; what it holds stays here.
     ``panic(text)`` is the exception to raise where the kernel panics.
     ``movable_node`` and ``mirrored_kernelcore`` are the boot parameters ``movable_node`` and
-    ``kernelcore=mirror``.
+    ``kernelcore=mirror``. ``debug``, if set, gets the lines that ``memblock=debug`` prints, without offsets behind
+    the function names. ``accepted`` is what was given to ``accept_memory``, in order.
     """
 
     def __init__(
@@ -73,27 +83,37 @@ class Memblock:
         self._panic = panic
         self._can_resize = False
         self._array_at: dict[str, Range] = {}
-        self._movable_node = movable_node
-        self._mirrored_kernelcore = mirrored_kernelcore
+        self.movable_node = movable_node
+        self.mirrored_kernelcore = mirrored_kernelcore
         self._has_mirror = False
+        self.debug: Callable[[str], None] | None = None
+        self.accepted: list[Range] = []
 
     # Registering memory. The result is 0, or -ENOMEM if a region array is full: then nothing has changed.
 
-    def add(self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE) -> int:
+    def add(self, base: int, size: int, flags: MemblockFlags = MemblockFlags.MEMBLOCK_NONE, *, who: str = "") -> int:
         """There is memory at ``base``. Nothing is accepted."""
+        self._say_range("add", base, size, who)
         return self.memory.add_range(base, size, int(flags))
 
-    def remove(self, base: int, size: int) -> int:
+    def remove(self, base: int, size: int, *, who: str = "") -> int:
         """There is no memory in the range any more."""
+        self._say_range("remove", base, size, who)
         return self.memory.remove_range(base, size)
 
-    def reserve(self, base: int, size: int) -> int:
+    def reserve(self, base: int, size: int, *, who: str = "") -> int:
         """Take the range, whether there is memory or not. Nothing is accepted."""
+        self._say_range("reserve", base, size, who)
         return self.reserved.add_range(base, size)
 
-    def phys_free(self, base: int, size: int) -> int:
+    def phys_free(self, base: int, size: int, *, who: str = "") -> int:
         """Give the range back."""
+        self._say_range("phys_free", base, size, who)
         return self.reserved.remove_range(base, size)
+
+    def set_node(self, base: int, size: int, nid: int) -> int:
+        """The memory of the range belongs to node ``nid``."""
+        return self.memory.set_node(base, size, nid)
 
     # Flags.
 
@@ -107,7 +127,7 @@ class Memblock:
 
     def mark_mirror(self, base: int, size: int) -> int:
         """The range is mirrored: allocations prefer it. Nothing happens without ``mirrored_kernelcore``."""
-        if not self._mirrored_kernelcore:
+        if not self.mirrored_kernelcore:
             return 0
         self._has_mirror = True
         return self.memory.setclr_flag(base, size, True, MemblockFlags.MEMBLOCK_MIRROR)
@@ -132,7 +152,7 @@ class Memblock:
         for region in self.memory.regions:
             start, end = round_up(region.base, align), round_down(region.end, align)
             if start < end:
-                kept.append(MemblockRegion(start, end - start, region.flags))
+                kept.append(region._replace(base=start, size=end - start))
             else:
                 self.memory.total_size -= region.size
         self.memory.regions[:] = kept
@@ -217,24 +237,61 @@ class Memblock:
 
         With ``MEMBLOCK_MIRROR`` mirrored memory only.
         """
-        return free_mem_ranges(self.memory, self.reserved, flags, self._movable_node)
+        return free_mem_ranges(self.memory, self.reserved, flags, self.movable_node)
 
     # Allocation.
 
-    def phys_alloc_range(self, size: int, align: int, start: int, end: int) -> int:
+    def phys_alloc_range(self, size: int, align: int, start: int, end: int, *, who: str = "") -> int:
         """Reserve and accept ``size`` bytes in ``[start, end)``; returns the address, 0 if there is no room.
 
         ``end`` may be ``MEMBLOCK_ALLOC_ACCESSIBLE``: the current limit. Top-down unless ``bottom_up``. The
         first page is never given out. ``align`` is a power of two, 0 for a cache line.
-        Source: memblock_phys_alloc_range(), memblock_alloc_range_nid().
+        Source: memblock_phys_alloc_range().
+        """
+        if self.debug:
+            self.debug(alloc_line("phys_alloc_range", size, align, None, start, end, who))
+        return self.alloc_range_nid(size, align, start, end)
+
+    def alloc_range_nid(
+        self, size: int, align: int, start: int, end: int, nid: int = NUMA_NO_NODE, exact_nid: bool = False
+    ) -> int:
+        """As :meth:`phys_alloc_range`, on node ``nid``; elsewhere if it is full, unless ``exact_nid``.
+
+        Source: memblock_alloc_range_nid().
         """
         align = align or SMP_CACHE_BYTES
+        nodes = (nid,) if exact_nid or nid == NUMA_NO_NODE else (nid, NUMA_NO_NODE)
         for flags in self._choose_flags():
-            found = self._find_in_range_node(size, align, start, end, flags)
-            if found and not self.reserve(found, size):
-                self._accept_memory(found, found + size)
+            for node in nodes:
+                found = self._find_in_range_node(size, align, start, end, flags, node)
+                if found and not self.reserve(found, size, who="memblock_alloc_range_nid"):
+                    self._accept(found, found + size)
+                    return found
+        return 0
+
+    def alloc_try_nid(
+        self, size: int, align: int, min_addr: int = 0, max_addr: int = MEMBLOCK_ALLOC_ACCESSIBLE,
+        nid: int = NUMA_NO_NODE, *, who: str = "", form: str = "alloc_try_nid",
+    ) -> int:  # fmt: skip
+        """Allocate and clear; without room at ``min_addr`` or above below it, too; 0 if there is none.
+
+        ``form`` is the kernel's function: with ``_raw`` nothing is cleared, with ``_exact_nid`` no other node will do.
+        Source: memblock_alloc_try_nid(), memblock_alloc_internal().
+        """
+        if self.debug:
+            self.debug(alloc_line(form, size, align, nid, min_addr, max_addr, who))
+        max_addr = min(max_addr or self.current_limit, self.current_limit)
+        for start in (min_addr, 0) if min_addr else (0,):
+            found = self.alloc_range_nid(size, align, start, max_addr, nid, "exact_nid" in form)
+            if found:
+                if not form.endswith("_raw"):
+                    self._clear_memory(found, found + size)
                 return found
         return 0
+
+    def _accept(self, start: int, end: int) -> None:
+        self.accepted.append(Range(start, end))
+        self._accept_memory(start, end)
 
     def _choose_flags(self) -> list[MemblockFlags]:
         """The kinds of memory to look for, one after the other (choose_memblock_flags())."""
@@ -246,13 +303,15 @@ class Memblock:
         places = (self._find_in_range_node(size, align, start, end, flags) for flags in self._choose_flags())
         return next(filter(None, places), 0)
 
-    def _find_in_range_node(self, size: int, align: int, start: int, end: int, flags: MemblockFlags) -> int:
+    def _find_in_range_node(
+        self, size: int, align: int, start: int, end: int, flags: MemblockFlags, nid: int = NUMA_NO_NODE
+    ) -> int:
         """Lowest or highest free place, 0 if there is none (``memblock_find_in_range_node``)."""
         if end in (MEMBLOCK_ALLOC_ACCESSIBLE, MEMBLOCK_ALLOC_NOLEAKTRACE):
             end = self.current_limit
         start = max(start, PAGE_SIZE)
         end = max(start, end)
-        ranges = list(self.free_ranges(flags))
+        ranges = list(free_mem_ranges(self.memory, self.reserved, flags, self.movable_node, nid))
         for free in ranges if self.bottom_up else reversed(ranges):
             low, high = (min(max(address, start), end) for address in free)
             if self.bottom_up:
@@ -264,6 +323,18 @@ class Memblock:
             if fits:
                 return found
         return 0
+
+    # memblock=debug.
+
+    def dump_all(self) -> None:
+        """Say what there is and what is taken."""
+        if self.debug:
+            for line in dump_lines(self.memory, self.reserved):
+                self.debug(line)
+
+    def _say_range(self, what: str, base: int, size: int, who: str) -> None:
+        if self.debug:
+            self.debug(range_line(what, base, size, who))
 
     # Room for regions.
 
@@ -291,17 +362,25 @@ class Memblock:
         if not found:
             return False
         if self.version.accepts_array:
-            self._accept_memory(found, found + room)
+            self._accept(found, found + room)
         self._clear_memory(found, found + new_size)
         array.max *= 2
+        who = "memblock_double_array"
+        if self.debug:
+            self.debug(doubled_line(array, found, new_size))
         old, self._array_at[array.name] = self._array_at.get(array.name), Range(found, found + room)
         if old is not None:
-            self.phys_free(old.start, old.size)
-        if self.reserve(found, room):
+            self.phys_free(old.start, old.size, who=who)
+        if self.reserve(found, room, who=who):
             raise self._panic("kernel BUG at mm/memblock.c: BUG_ON(memblock_reserve(addr, new_alloc_size))")
         return True
 
     # Handing over to the page allocator.
+
+    def discard(self) -> list[Range]:
+        """Where doubled region arrays lie, which nobody needs any more (``memblock_discard``)."""
+        places, self._array_at = list(self._array_at.values()), {}
+        return places
 
     def free_all(self, max_low_pfn: int) -> list[Range]:
         """What the page allocator gets: free memory as ranges of page frame numbers, ascending, whole pages only.

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from itertools import islice
 
 from guest.ranges import TOP, Range
-from kernel.memblock_type import MemblockFlags, MemblockRegion, MemblockType
+from kernel.memblock_type import NUMA_NO_NODE, MemblockFlags, MemblockRegion, MemblockType
 
 
 def free_mem_ranges(
-    memory: MemblockType, reserved: MemblockType, flags: MemblockFlags, movable_node: bool
+    memory: MemblockType, reserved: MemblockType, flags: MemblockFlags, movable_node: bool, nid: int = NUMA_NO_NODE
 ) -> Iterator[Range]:
-    """Memory that is not reserved, ascending. Do not change the arrays meanwhile.
+    """Memory of node ``nid``, or of any, that is not reserved, ascending. Do not change the arrays meanwhile.
 
     As in the kernel, a range is empty where two reserved regions touch that differ in flags.
     """
     gaps, first = _gaps(reserved), 0
     for region in memory.regions:
-        if _should_skip_region(region, flags, movable_node):
+        if nid not in (NUMA_NO_NODE, region.nid) or _should_skip_region(region, flags, movable_node):
             continue
         while gaps[first].end <= region.base:
             first += 1

@@ -1,6 +1,6 @@
 """One of memblock's two region arrays: ``struct memblock_type`` (include/linux/memblock.h, mm/memblock.c).
 
-Regions are sorted and never overlap. Regions that touch and have equal flags become one when an operation
+Regions are sorted and never overlap. Regions that touch and have equal flags and node become one when an operation
 passes over them, as in the kernel; an operation elsewhere leaves them alone.
 """
 
@@ -13,6 +13,7 @@ from errno import ENOMEM
 from typing import NamedTuple
 
 PHYS_ADDR_MAX = (1 << 64) - 1
+NUMA_NO_NODE = -1
 INIT_MEMBLOCK_REGIONS = 128
 """Regions that fit into the arrays of the kernel's image."""
 
@@ -34,6 +35,7 @@ class MemblockRegion(NamedTuple):
     base: int
     size: int
     flags: int
+    nid: int = NUMA_NO_NODE
 
     @property
     def end(self) -> int:
@@ -159,6 +161,16 @@ class MemblockType:
         self._merge(first, last)
         return 0
 
+    def set_node(self, base: int, size: int, nid: int) -> int:
+        """Give the range to node ``nid``, where there are regions (``memblock_set_node``); 0, or -ENOMEM."""
+        isolated = self.isolate_range(base, size)
+        if isolated is None:
+            return -ENOMEM
+        first, last = isolated
+        self.regions[first:last] = [region._replace(nid=nid) for region in self.regions[first:last]]
+        self._merge(first, last)
+        return 0
+
     def _overlapping(self, base: int, end: int) -> tuple[int, int]:
         """First and last index, exclusive, of the regions that share an address with ``[base, end)``."""
         first = bisect_right(self.regions, base, key=_base)
@@ -176,7 +188,7 @@ class MemblockType:
             self.regions[index : index + 1] = low, high
 
     def _merge(self, first: int, last: int) -> None:
-        """Join touching regions of equal flags, from one before ``first`` up to ``last``, inclusive.
+        """Join touching regions of equal flags and node, from one before ``first`` up to ``last``, inclusive.
 
         Source: memblock_merge_regions().
         """
@@ -184,7 +196,7 @@ class MemblockType:
         merged: list[MemblockRegion] = []
         for region in self.regions[first : last + 1]:
             before = merged[-1] if merged else None
-            if before and before.end == region.base and before.flags == region.flags:
+            if before and before.end == region.base and before[2:] == region[2:]:
                 merged[-1] = before._replace(size=before.size + region.size)
             else:
                 merged.append(region)

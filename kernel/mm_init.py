@@ -1,101 +1,202 @@
-"""Stage ``mm-init``: node and zones, the last memblock callers, then everything to the page allocator.
+"""Stage ``mm-init``: nodes and zones, the last memblock callers, then everything to the page allocator.
 
-Sources: arch/x86/mm/{numa,init_64}.c, mm/{sparse,mm_init,memblock}.c, mm/percpu.c (6.3).
-Sizes are those that the named functions compute; callers that take a few hundred bytes are left out.
+Sources: arch/x86/kernel/setup.c, the end of setup_arch(); arch/x86/mm/{numa,init_64}.c, mm/{sparse,mm_init,memblock}.c;
+init/main.c, start_kernel(). Sizes are those that the named functions compute.
 """
 
 from __future__ import annotations
 
-from guest.ranges import RangeSet
+from collections.abc import Sequence
+
+from bootstub.e820_types import E820_TYPE_RAM, E820_TYPE_RESERVED_KERN
 from guest.units import (
     DIV_ROUND_UP,
     PAGE_SHIFT,
     PAGE_SIZE,
+    PFN_DOWN,
     PFN_PHYS,
-    PMD_SIZE,
+    PFN_UP,
     SZ_1G,
     SZ_1M,
-    SZ_16M,
     SZ_64M,
-    SZ_128M,
     round_up,
 )
+from kernel.acpi_tables import read_table
+from kernel.crash_reserve import reserve_crashkernel
+from kernel.e820_setup import e820_setup_pci_gap
 from kernel.efi import efi_free_boot_services
-from kernel.kernel import Kernel
+from kernel.events import STRUCT_PAGE_SIZE
+from kernel.kernel import COMMAND_LINE_SIZE, Kernel
+from kernel.madt import Madt, parse_madt
 from kernel.memblock import SMP_CACHE_BYTES
-from kernel.mmzone import Zone, free_area_init, memory_node_lines, zone_ranges_lines
-from kernel.page_alloc import PageAllocator
+from kernel.mm_core_init import mem_init, new_page_allocator, page_alloc_init_late, print_zonelists
+from kernel.mmzone import Zone, free_area_init, memory_node_lines, nodes_of, unavailable_ranges, zone_ranges_lines
+from kernel.numa import initmem_init
+from kernel.percpu import setup_per_cpu_areas
+from kernel.sparse import sparse_init
+from kernel.srat import Srat, parse_srat
 from kernel.swiotlb import swiotlb_init
+from kernel.zone_movable import find_zone_movable_pfns
 
-NODE_DATA_SIZE = 43 * PAGE_SIZE
-"""pg_data_t of a 6.x distribution kernel in whole pages (alloc_node_data())."""
-SECTION_SIZE = SZ_128M
-SECTIONS_PER_ROOT = 256
-STRUCT_PAGE_SIZE = 64
-MEMMAP_PER_SECTION = SECTION_SIZE // PAGE_SIZE * STRUCT_PAGE_SIZE
-USEMAP_PER_SECTION = 56
-PERCPU_UNIT_SIZE, PERCPU_USED_PAGES = PMD_SIZE, 66
-"""One CPU's unit, and what of it stays after pcpu_embed_first_chunk() gave the rest back (6.12, one CPU)."""
+_RESOURCE_SIZE, _FIRMWARE_MAP_ENTRY_SIZE, _NOSAVE_REGION_SIZE = 64, 104, 32
+"""sizeof(struct resource), of struct firmware_map_entry and struct nosave_region."""
+_HPET_NAME_SIZE, _IOAPIC_NAME_SIZE = 9, 11
+_PASSED_ON = ("nokaslr", "page_poison", "min_free_kbytes")
+"""Parameters that the kernel itself does not know: the stub's, and some that people give it."""
+_FIXMAP_TABLES = 3
+"""Page tables for what is mapped at fixed virtual addresses, seen in logs (spp_getpage())."""
 
 
 def mm_init(kernel: Kernel) -> None:
     """From memblock to free lists: after this, pages are allocated by the page allocator only."""
-    _initmem_init(kernel)
-    _sparse_init(kernel)
+    srat, madt = _srat(kernel), _madt(kernel)
+    initmem_init(kernel, srat, _slit_localities(kernel))
+    reserve_crashkernel(kernel)
+    sparse_init(kernel)
     zones = _zone_sizes_init(kernel)
-    _setup_per_cpu_areas(kernel)
-    present = sum(zone.present_pages for zone in zones)
-    for name, scale in (("Dentry", 13), ("Inode", 14)):
-        _alloc_large_system_hash(kernel, name, present, scale)
-    swiotlb_init(kernel)
-    allocator = kernel.allocator = PageAllocator(zones, kernel.unaccepted, lazy=kernel.early.lazy_accept)
-    for pages in kernel.memblock.free_all(kernel.max_pfn):
-        allocator.free_pages_core(pages.start, pages.end)
-    _mem_init_print_info(kernel, zones)
+    hash_pages = _nr_kernel_pages(kernel, zones)
+    _reserve_resources(kernel, madt)
+    e820_setup_pci_gap(kernel)
+    _setup_command_line(kernel)
+    nodes = nodes_of(kernel.memblock.memory.regions) or [0]
+    setup_per_cpu_areas(kernel, _cpu_nodes(kernel, srat, madt))
+    for _ in range(max(nodes) + 1 + kernel.version.percpu_cpumasks):
+        kernel.memblock_alloc(8, SMP_CACHE_BYTES, "alloc_bootmem_cpumask_var")
+    allocator = new_page_allocator(kernel, zones)
+    if not kernel.mm_rules.prints_memory_late:
+        print_zonelists(kernel, allocator)
+    _print_unknown_bootoptions(kernel)
+    _gigantic_pages(kernel)
+    if len(nodes) == 1:  # else they are spread over nodes by vmalloc, later (hashdist)
+        for name, scale in (("Dentry", 13), ("Inode", 14)):
+            _alloc_large_system_hash(kernel, name, hash_pages, scale)
+    if kernel.mm_rules.prints_memory_late:
+        print_zonelists(kernel, allocator)
+    for _ in range(_FIXMAP_TABLES):
+        kernel.memblock_alloc(PAGE_SIZE, PAGE_SIZE, "spp_getpage")
+    swiotlb_init(kernel, madt.possible_cpus)
+    mem_init(kernel, allocator)
     efi_free_boot_services(kernel, allocator)
+    page_alloc_init_late(kernel, allocator)
+    for place in kernel.memblock.discard():
+        allocator.free_pages_core(PFN_DOWN(place.start), PFN_DOWN(place.end))
 
 
-def _initmem_init(kernel: Kernel) -> None:
-    """One node for all memory; its data go to the top of memory."""
-    kernel.machine.print("No NUMA configuration found")
-    end = PFN_PHYS(kernel.max_pfn)
-    kernel.machine.print(f"Faking a node at [mem {0:#018x}-{end - 1:#018x}]")
-    node_data = kernel.memblock_alloc(NODE_DATA_SIZE, SMP_CACHE_BYTES)
-    kernel.machine.print(f"NODE_DATA(0) allocated [mem {node_data:#x}-{node_data + NODE_DATA_SIZE - 1:#x}]")
+def _table(kernel: Kernel, signature: str) -> bytes | None:
+    """ACPI's first table of that name."""
+    table = next((table for table in kernel.acpi if table.signature == signature), None)
+    return None if table is None else read_table(kernel.machine, table)
 
 
-def _sparse_init(kernel: Kernel) -> None:
-    """Struct pages for each section of 128 MiB that has memory: 2 MiB a section, in one piece if there is room."""
-    sections = _present_units(kernel, SECTION_SIZE)
-    roots = _present_units(kernel, SECTION_SIZE * SECTIONS_PER_ROOT)
-    kernel.memblock_alloc(roots * PAGE_SIZE, SMP_CACHE_BYTES)
-    kernel.memblock_alloc(sections * USEMAP_PER_SECTION, SMP_CACHE_BYTES)
-    memmap = sections * MEMMAP_PER_SECTION
-    if not kernel.try_memblock_alloc(memmap, PMD_SIZE, SZ_16M):
-        for _ in range(sections):
-            kernel.memblock_alloc(MEMMAP_PER_SECTION, PMD_SIZE, SZ_16M)
-    kernel.memblock_alloc((1 + DIV_ROUND_UP(memmap, SZ_1G)) * PAGE_SIZE, PAGE_SIZE, SZ_16M)
+def _srat(kernel: Kernel) -> Srat | None:
+    data = _table(kernel, "SRAT")
+    return None if data is None else parse_srat(data)
 
 
-def _present_units(kernel: Kernel, size: int) -> int:
-    """Number of units of ``size`` bytes that hold memory (memory_present())."""
-    regions = kernel.memblock.memory.regions
-    return RangeSet((r.base // size, DIV_ROUND_UP(r.end, size)) for r in regions).total()
+def _slit_localities(kernel: Kernel) -> int:
+    """Number of localities between which SLIT gives distances; 0 without it."""
+    data = _table(kernel, "SLIT")
+    return int.from_bytes((data or b"")[36:44], "little")
+
+
+def _madt(kernel: Kernel) -> Madt:
+    """Processors and IO-APICs; without the table one processor."""
+    data = _table(kernel, "APIC")
+    madt = Madt() if data is None else parse_madt(data)
+    return madt.limited(kernel.early.values.get("nr_cpus"))
+
+
+def _cpu_nodes(kernel: Kernel, srat: Srat | None, madt: Madt) -> list[int]:
+    """The node of each possible CPU; a node without memory stands for node 0."""
+    nodes = nodes_of(kernel.memblock.memory.regions)
+    known = dict(srat.cpus) if srat is not None and len(nodes) > 1 else {}
+    return [nid if (nid := known.get(apic, 0)) in nodes else 0 for apic in madt.apic_ids]
 
 
 def _zone_sizes_init(kernel: Kernel) -> list[Zone]:
     """Zones and the lines about them."""
-    regions = kernel.memblock.memory.regions
-    for line in [*zone_ranges_lines(regions, kernel.max_pfn), *memory_node_lines(regions)]:
-        kernel.machine.print(line)
-    return free_area_init(regions, kernel.max_pfn)
+    regions, print_line = kernel.memblock.memory.regions, kernel.machine.print
+    movable_pfn, notes = find_zone_movable_pfns(regions, kernel.max_pfn, kernel.early)
+    for line in [*notes, *zone_ranges_lines(regions, kernel.max_pfn, movable_pfn), *memory_node_lines(regions)]:
+        print_line(line)
+    zones = free_area_init(regions, kernel.max_pfn, movable_pfn)
+    for node, name, count in unavailable_ranges(regions, zones):
+        if count:
+            print_line(f"On node {node}, zone {name}: {count} pages in unavailable ranges")
+    return zones
 
 
-def _setup_per_cpu_areas(kernel: Kernel) -> None:
-    """The boot CPU's per-CPU area: a 2 MiB unit, of which the unused tail is given back."""
-    unit = kernel.memblock_alloc(PERCPU_UNIT_SIZE, PMD_SIZE)
-    used = PERCPU_USED_PAGES * PAGE_SIZE
-    kernel.memblock.phys_free(unit + used, PERCPU_UNIT_SIZE - used)
+def _nr_kernel_pages(kernel: Kernel, zones: Sequence[Zone]) -> int:
+    """What hash tables are sized by: free memory (6.10 on), or memory without its struct pages."""
+    if kernel.version.hashes_by_free_memory:
+        counts = (PFN_DOWN(free.end) - PFN_UP(free.start) for free in kernel.memblock.free_ranges())
+        return sum(count for count in counts if count > 0)
+    total = 0
+    for zone in zones:
+        sparse = zone.spanned_pages > zone.present_pages + (zone.present_pages >> 4)
+        pages = zone.present_pages if sparse else zone.spanned_pages
+        total += zone.present_pages - DIV_ROUND_UP(pages * STRUCT_PAGE_SIZE, PAGE_SIZE)
+    return total
+
+
+def _reserve_resources(kernel: Kernel, madt: Madt) -> None:
+    """Resources of /proc/iomem, entries of /sys/firmware/memmap, and what hibernation leaves out."""
+    if any(table.signature == "HPET" for table in kernel.acpi):
+        kernel.memblock_alloc(_RESOURCE_SIZE + _HPET_NAME_SIZE, SMP_CACHE_BYTES, "acpi_parse_hpet")
+    if madt.ioapics:
+        size = madt.ioapics * (_RESOURCE_SIZE + _IOAPIC_NAME_SIZE)
+        kernel.memblock_alloc(size, SMP_CACHE_BYTES, "io_apic_init_mappings")
+    kernel.memblock_alloc(len(kernel.e820) * _RESOURCE_SIZE, SMP_CACHE_BYTES, "e820__reserve_resources")
+    for _ in kernel.e820_firmware:
+        kernel.memblock_alloc(_FIRMWARE_MAP_ENTRY_SIZE, SMP_CACHE_BYTES, "firmware_map_add_early")
+    _register_nosave_regions(kernel)
+
+
+def _register_nosave_regions(kernel: Kernel) -> None:
+    """Holes between ranges of RAM, up to its end (e820__register_nosave_regions())."""
+    last, known_end = 0, 0
+    entries = [e for e in kernel.e820 if e.type in (E820_TYPE_RAM, E820_TYPE_RESERVED_KERN)]
+    holes = []
+    for entry in entries:
+        if last < entry.addr:
+            holes.append((PFN_DOWN(last), PFN_UP(entry.addr)))
+        last = entry.addr + entry.size
+    for start, end in [*holes, (PFN_DOWN(last), kernel.max_pfn)]:
+        if start >= end:
+            continue
+        if not known_end or start > known_end:
+            kernel.memblock_alloc(_NOSAVE_REGION_SIZE, SMP_CACHE_BYTES, "register_nosave_region")
+        known_end = end
+        where = f"[mem {PFN_PHYS(start):#010x}-{PFN_PHYS(end) - 1:#010x}]"
+        kernel.machine.print(f"PM: hibernation: Registered nosave memory: {where}")
+
+
+def _setup_command_line(kernel: Kernel) -> None:
+    """Two copies of the command line (setup_command_line())."""
+    size = min(len(kernel.command_line.encode()), COMMAND_LINE_SIZE - 1) + 1
+    for _ in range(2):
+        kernel.memblock_alloc(size, SMP_CACHE_BYTES, "start_kernel")
+
+
+def _print_unknown_bootoptions(kernel: Kernel) -> None:
+    """Say what goes to user space; the text is put together in memory that is given back at once."""
+    values = kernel.early.values
+    words = [name if values[name] is None else f"{name}={values[name]}" for name in _PASSED_ON if name in values]
+    if not words:
+        return
+    size = 1 + sum(len(word) + 1 for word in words)
+    found = kernel.memblock_alloc(size, SMP_CACHE_BYTES, "start_kernel")
+    text = " ".join(words)
+    kernel.machine.print(f'Unknown kernel command line parameters "{text}", will be passed to user space.')
+    kernel.memblock.phys_free(found, size, who="start_kernel")
+
+
+def _gigantic_pages(kernel: Kernel) -> None:
+    """Huge pages of 1 GiB come from memblock, as many as there is room for (hugetlb_hstate_alloc_pages())."""
+    for _ in range(kernel.early.hugepages.get(SZ_1G, 0) if kernel.gbpages else 0):
+        form, who = "alloc_try_nid_raw", "__alloc_bootmem_huge_page"
+        if not kernel.memblock.alloc_try_nid(SZ_1G, SZ_1G, who=who, form=form):
+            return
 
 
 def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) -> None:
@@ -107,20 +208,11 @@ def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) 
     adapt = SZ_64M << 10 >> PAGE_SHIFT
     while adapt < entries:
         scale, adapt = scale + 1, adapt << 2
-    entries = 1 << ((entries >> (scale - PAGE_SHIFT)) - 1).bit_length()
+    entries = 1 << (max(entries >> (scale - PAGE_SHIFT), PAGE_SIZE // 8) - 1).bit_length()
     size = entries * 8
     order = (max(size, PAGE_SIZE) // PAGE_SIZE).bit_length() - 1
-    kernel.memblock_alloc(size, SMP_CACHE_BYTES)
+    kernel.memblock_alloc(size, SMP_CACHE_BYTES, "alloc_large_system_hash")
     kernel.machine.print(
         f"{name}{'-' if name == 'Inode' else ' '}cache hash table entries: {entries} "
         f"(order: {order}, {size} bytes, linear)"
     )
-
-
-def _mem_init_print_info(kernel: Kernel, zones: list[Zone]) -> None:
-    """The ``Memory:`` line, without the sizes of the kernel's sections, which its image does not tell."""
-    free, managed, present = (
-        sum(getattr(zone, name) for zone in zones) << PAGE_SHIFT - 10
-        for name in ("nr_free_pages", "managed_pages", "present_pages")
-    )
-    kernel.machine.print(f"Memory: {free}K/{present}K available ({present - managed}K reserved, 0K cma-reserved)")

@@ -4,7 +4,8 @@ A script has one command a line; ``#`` starts a comment:
 
     alloc ORDER [COUNT]      allocate COUNT blocks of 2^ORDER pages and touch them
     free ORDER [COUNT]       free the blocks of that order that were allocated last
-    cat PATH                 /proc/meminfo, /proc/vmstat, /proc/buddyinfo
+    cat PATH                 /proc/meminfo, vmstat, zoneinfo, buddyinfo or pagetypeinfo;
+                             /sys/devices/system/node/nodeN/meminfo
     echo TEXT > PATH         /sys/kernel/mm/page_alloc/accept_memory
 """
 
@@ -21,12 +22,12 @@ from guest.units import PFN_PHYS
 from kernel import proc
 from kernel.events import Allocation, FileRead, FileWrite
 from kernel.free_area import MAX_ORDER
+from kernel.gfp import GFP_HIGHUSER_MOVABLE
 from kernel.kernel import Kernel
-from kernel.mmzone import THP_MIN_PAGES, setup_zone_wmarks
+from kernel.mmzone import THP_MIN_PAGES
 from kernel.page_alloc import PageAllocator
 
 ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
-PROC_FILES = {"/proc/meminfo": proc.meminfo, "/proc/vmstat": proc.vmstat, "/proc/buddyinfo": proc.buddyinfo}
 MAX_COUNT = 1 << 20
 _NUMBER = re.compile(r"[0-9]{1,7}")
 
@@ -36,7 +37,6 @@ alloc 9 96
 alloc 0 256
 echo 64M > {ACCEPT_MEMORY}
 cat /proc/meminfo
-cat /proc/vmstat
 cat /proc/buddyinfo
 """
 
@@ -75,7 +75,7 @@ def runtime(kernel: Kernel, script: list[Command]) -> None:
     if allocator is None:
         raise ValueError("runtime before mm-init")
     managed = sum(zone.managed_pages for zone in allocator.zones)
-    setup_zone_wmarks(allocator.zones, transparent_hugepage=managed >= THP_MIN_PAGES)
+    allocator.init_per_zone_wmark_min(transparent_hugepage=managed >= THP_MIN_PAGES)
     shell = _Shell(kernel.machine, allocator)
     for command in script:
         shell.verbs[command.verb](command)
@@ -97,7 +97,10 @@ class _Shell:
     def _alloc(self, command: Command) -> None:
         unaccepted = self._nr_unaccepted()
         done = 0
-        while done < command.count and (pfn := self._allocator.alloc_pages(command.order)) is not None:
+        while (
+            done < command.count
+            and (pfn := self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE, command.order)) is not None
+        ):
             self._blocks[command.order].append(pfn)
             self._machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << command.order)))
             done += 1
@@ -110,7 +113,7 @@ class _Shell:
             self._allocator.free_pages(blocks.pop(), command.order)
 
     def _cat(self, command: Command) -> None:
-        text = PROC_FILES[command.path](self._allocator.zones)
+        text = proc.read_file(self._allocator, command.path)
         self._machine.trace.add(FileRead(command.path, text))
 
     def _echo(self, command: Command) -> None:
@@ -127,7 +130,7 @@ def _parse_line(words: list[str]) -> Command | None:
     if verb in ("alloc", "free") and 1 <= len(operands) <= 2 and all(map(_NUMBER.fullmatch, operands)):
         order, count = int(operands[0]), int(operands[1]) if len(operands) == 2 else 1
         return Command(verb, order=order, count=count) if order <= MAX_ORDER and count <= MAX_COUNT else None
-    if verb == "cat" and len(operands) == 1 and operands[0] in PROC_FILES:
+    if verb == "cat" and len(operands) == 1 and proc.is_file(operands[0]):
         return Command(verb, path=operands[0])
     if verb == "echo" and operands[-2:] == [">", ACCEPT_MEMORY]:
         return Command(verb, path=ACCEPT_MEMORY, text=" ".join(operands[:-2]))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
-from guest.units import PAGE_SHIFT
+from guest.units import PAGE_SHIFT, SZ_1M
+from kernel.migratetype import MIGRATE_PCPTYPES, PAGEBLOCK_NR_PAGES
 
 MIN_FREE_KBYTES_MIN = 128
 MIN_FREE_KBYTES_MAX = 262_144
@@ -14,8 +15,7 @@ WATERMARK_SCALE_FACTOR = 10
 """Distance of watermarks in ten-thousandths of the zone's managed pages (vm.watermark_scale_factor)."""
 LOWMEM_RESERVE_RATIO = (256, 256, 32, 0, 0)
 """vm.lowmem_reserve_ratio, by zone type."""
-MIGRATE_PCPTYPES = 3
-PAGEBLOCK_NR_PAGES = 512
+SWAP_CLUSTER_MAX = 32
 KBYTES_SHIFT = PAGE_SHIFT - 10
 
 
@@ -46,12 +46,45 @@ def recommended_min_free_kbytes(min_free_kbytes: int, nr_zones: int, free_buffer
     return max(min_free_kbytes, recommended << KBYTES_SHIFT)
 
 
-def zone_wmarks(min_free_kbytes: int, managed: int, lowmem_pages: int) -> Watermarks:
+def zone_wmarks(
+    min_free_kbytes: int, managed: int, lowmem_pages: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> Watermarks:
     """Watermarks of a zone with ``managed`` pages among ``lowmem_pages`` (``__setup_per_zone_wmarks``)."""
+    share = _share(min_free_kbytes, managed, lowmem_pages)
+    return _spaced(share, share, managed, scale_factor)
+
+
+def movable_zone_wmarks(
+    min_free_kbytes: int, managed: int, lowmem_pages: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> Watermarks:
+    """Watermarks of zone Movable: its minimum is for page reclaim alone (``__setup_per_zone_wmarks``)."""
+    wmark_min = min(max(managed // 1024, SWAP_CLUSTER_MAX), 128)
+    return _spaced(wmark_min, _share(min_free_kbytes, managed, lowmem_pages), managed, scale_factor)
+
+
+def _share(min_free_kbytes: int, managed: int, lowmem_pages: int) -> int:
     pages_min = min_free_kbytes >> KBYTES_SHIFT
-    wmark_min = pages_min * managed // lowmem_pages if managed else 0
-    step = max(wmark_min >> 2, managed * WATERMARK_SCALE_FACTOR // 10_000)
+    return pages_min * managed // lowmem_pages if managed and lowmem_pages else 0
+
+
+def _spaced(wmark_min: int, share: int, managed: int, scale_factor: int) -> Watermarks:
+    step = max(share >> 2, managed * scale_factor // 10_000)
     return Watermarks(wmark_min, wmark_min + step, wmark_min + 2 * step, wmark_min + 3 * step)
+
+
+def zone_batchsize(managed: int) -> int:
+    """``pcp->batch`` of a zone with ``managed`` pages (``zone_batchsize``, and at least 1 where it is used)."""
+    batch = max(min(managed >> 10, SZ_1M >> PAGE_SHIFT) // 4, 1)
+    return max((1 << (batch + batch // 2).bit_length() - 1) - 1, 1)
+
+
+def zone_highsize(managed: int, low_wmark: int, batch: int, cpus: int, high_fraction: int = 0) -> int:
+    """``pcp->high`` (``high_min`` from 6.7 on) of each of the node's ``cpus`` (``zone_highsize``).
+
+    ``high_fraction`` is vm.percpu_pagelist_high_fraction.
+    """
+    total = managed // high_fraction if high_fraction else low_wmark
+    return max(total // max(cpus, 1), batch << 2)
 
 
 def lowmem_reserves(managed: Sequence[int]) -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""``make bench``: how long a boot takes, as a whole process and by itself, how it grows with memory, and accepts.
+"""``make bench``: how long a boot takes, as a whole process and by itself, how it grows with memory; accepts; pages.
 
-Machines differ and are noisy, so runs of the compared set-ups alternate, and ratios are of medians. Accepts are
-counted in processor time, one TDCALL after the other through the registers.
+Machines differ and are noisy, so runs of the compared set-ups alternate, and ratios are of medians. Accepts and
+allocations are counted in processor time, one after the other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import time
 from pathlib import Path
 from statistics import median
 
+from bootstub.protocol import PROTOCOLS, Protocol
+from bootstub.sample_kernel import sample_bzimage
 from guest.registers import Registers
-from guest.units import PMD_SIZE
+from guest.units import PMD_SIZE, SZ_1G, SZ_4G
+from kernel.page_alloc import PageAllocator
 from tdx.leaves import Leaf
 from tdx.sept import LEVEL_2M
 from tdx.status import TDX_SUCCESS
@@ -26,6 +29,7 @@ from tools.pipeline import Boot, BootConfig
 from tools.render import print_table
 
 _WORST_CASE = Path(__file__).parent.parent / "tests" / "samples" / "maps" / "worst-case-4-pib.toml"
+SZ_1T = SZ_1G << 10
 _MANY = 400
 _FRAGMENTS = "400 descriptors"
 SETUPS = {
@@ -33,6 +37,7 @@ SETUPS = {
     "64 GiB": ["--memory", "64G"],
     "4 GiB, host with 4K pages": ["--memory", "4G", "--host-page-size", "4K"],
     "1 TiB": ["--memory", "1T"],
+    "4 TiB": ["--memory", "4T"],
     "4 PiB, RAM at both ends": ["--efi-map", str(_WORST_CASE)],
     f"{_FRAGMENTS} over 4 PiB": ["--efi-map", _FRAGMENTS],
     "1 TiB, eager": ["--memory", "1T", "--cmdline", "nokaslr accept_memory=eager"],
@@ -110,6 +115,36 @@ def print_limits(results: dict[str, list[tuple[float, float, float, float]]]) ->
     print_table(["worst case", "processor time", "peak memory", f"limits of {MAX_SECONDS} s and {MAX_MIB} MiB"], rows)
 
 
+def booted(protocol: Protocol, memory: int) -> PageAllocator:
+    """The page allocator of a guest that came up."""
+    boot = Boot(BootConfig(sample_bzimage(), memory=memory, protocol=protocol, script=()))
+    boot.run()
+    assert boot.kernel is not None and boot.kernel.allocator is not None
+    return boot.kernel.allocator
+
+
+def pairs_per_second(allocator: PageAllocator, count: int = 100_000) -> float:
+    """Allocations of a single page, each freed at once: all through the list of CPU 0."""
+    allocate, free = allocator.alloc_pages, allocator.free_pages
+    start = time.process_time()
+    for _ in range(count):
+        pfn = allocate()
+        assert pfn is not None
+        free(pfn, 0)
+    return count / (time.process_time() - start)
+
+
+def bench_pages(runs: int) -> None:
+    """Print the best of a few runs for a small and a large guest; what is slower is the machine's noise."""
+    rows = []
+    for name, protocol in PROTOCOLS.items():
+        small, large = booted(protocol, SZ_4G), booted(protocol, SZ_1T)
+        rates = [(pairs_per_second(small), pairs_per_second(large)) for _ in range(runs)]
+        best = [max(column) for column in zip(*rates, strict=True)]
+        rows.append([name, *(f"{rate:,.0f}" for rate in best), f"{best[0] / best[1]:.2f}"])
+    print_table(["pages allocated and freed, protocol", "per second, 4 GiB", "1 TiB", "cost at 1 TiB / 4 GiB"], rows)
+
+
 def main() -> None:
     """Measure every set-up in turn, several times over, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,6 +178,8 @@ def main() -> None:
     print_limits(results)
     print()
     bench_accepts(runs)  # last: a process that it made large would begin its children large
+    print()
+    bench_pages(runs)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ VERBS = {
     "kaslr": "where KASLR puts the kernel, over many seeds; how much of that is unaccepted?",
     "map": "show, convert and compare memory maps",
     "conform": "run recorded answers of the real code through our stages",
+    "replay": "run captured boots of real kernels through our kernel stages and compare",
     "judge": "run our stub and a real one on random memory maps; do they do the same?",
 }
 """Every verb has a module of its own in tools/, with ``add_arguments(parser)`` and ``run(args)``."""

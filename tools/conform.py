@@ -41,7 +41,7 @@ FAMILIES = {
 }
 """Families with a module ``tools.conformance.FAMILY`` that has ``run_case(case)``, or, where the value says that the
 cases are runs of a kernel image, ``run_case(case, image)``."""
-OURS = ("stub", "decompressor")
+OURS = ("stub", "decompressor", "boot")
 """Families of a kernel image where a stage of ours can take the place of the image's own code."""
 RECORDABLE = tuple(family for family, image in FAMILIES.items() if image)
 """Their modules ``tools.conformance.record_FAMILY`` have ``record(case, image)``."""
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=f"FAMILY.jsonl or .jsonl.gz: {', '.join(FAMILIES)}")
     runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
-    parser.add_argument("--ours", action="store_true", help="run our stage on the image, not its own code")
+    parser.add_argument("--ours", action="store_true", help="run our stages on the image, not its own code")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
     parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
@@ -158,7 +158,9 @@ def _image(kernel: str | None) -> tuple[bytes, ...]:
 
 def _run_file(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     family = _family(path, tuple(FAMILIES))
-    run_case = _RunCase(family, _kernel(path, args) if FAMILIES[family] else None, _ours(family, args))
+    ours = _ours(family, args)
+    needs_image = FAMILIES[family] and not (ours and family == "boot")
+    run_case = _RunCase(family, _kernel(path, args) if needs_image else None, ours)
     cases, differing, reasons = 0, [], Counter[str]()
     for outcome in counted("cases", in_parallel(run_case, islice(_cases(path), args.limit), args.jobs, _chunk(family))):
         cases += 1

@@ -43,6 +43,7 @@ from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
 from kernel.setup_arch import setup_arch
+from kernel.version import BY_PROTOCOL
 from tdx.backing import Backing
 from tdx.faults import Rule
 from tdx.inject import Injector
@@ -275,7 +276,7 @@ def _decompress(boot: Boot) -> None:
 
 
 def _setup_arch(boot: Boot) -> None:
-    boot.kernel = setup_arch(boot.machine)
+    boot.kernel = setup_arch(boot.machine, BY_PROTOCOL[boot.config.protocol.name])
 
 
 def _mm_init(boot: Boot) -> None:

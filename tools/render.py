@@ -12,7 +12,7 @@ from typing import Any
 from bootstub.events import KaslrChoice, KernelPlaced, PagingLevels
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
-from kernel.events import Allocation, FileRead, FileWrite
+from kernel.events import Allocation, FileRead, FileWrite, MmPageAllocExtfrag, OutOfMemory
 from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
@@ -37,16 +37,27 @@ def event_text(event: Event) -> str:
             return f"KASLR: {event.slots} places in {len(areas)} areas, {align:#x} apart, for {size:#x} bytes"
         case PagingLevels(levels, la57):
             return f"page tables of {levels} levels, processor {'with' if la57 else 'without'} LA57"
+        case StageBegin():
+            return "stage begins"
+        case StageEnd():
+            return "stage ends"
+        case _:
+            return _kernel_event_text(event)
+
+
+def _kernel_event_text(event: Event) -> str:
+    """The same for the events of our kernel."""
+    match event:
         case FileRead(path, text):
             return f"cat {path}: {len(text)} characters"
         case FileWrite(path, text, result):
             return f"echo {text} > {path}: {result}"
         case Allocation(order, count, wanted, accepted_pages):
             return f"alloc order {order}: {count} of {wanted} blocks, {accepted_pages * 4} KiB accepted"
-        case StageBegin():
-            return "stage begins"
-        case StageEnd():
-            return "stage ends"
+        case MmPageAllocExtfrag():
+            return f"mm_page_alloc_extfrag: {event.text}"
+        case OutOfMemory(gfp, order, killed):
+            return f"out of memory: gfp_mask={gfp:#x}, order={order}, {'one' if killed else 'nobody'} killed"
         case _:
             return _tdx_event_text(event)
 

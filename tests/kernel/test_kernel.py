@@ -87,7 +87,7 @@ def test_boot_memory_is_accepted_and_cleared(entered):
     """An allocation from unaccepted memory is accepted, with the guard, before it is written."""
     kernel = entered()
     kernel.memblock.add(4 * GIB, 2 * GIB)
-    at = kernel.memblock_alloc(4 * MIB, 2 * MIB, 0, 5 * GIB)
+    at = kernel.memblock_alloc(4 * MIB, 2 * MIB, "test", end=5 * GIB)
     assert at == 5 * GIB - 4 * MIB
     assert kernel.machine.memory.read(at, 4 * MIB) == bytes(4 * MIB)
     assert kernel.machine.memory.read(5 * GIB, 2 * MIB) == bytes(2 * MIB)  # the guard
@@ -97,8 +97,8 @@ def test_boot_memory_is_accepted_and_cleared(entered):
 
 def test_no_boot_memory(entered):
     """Without room the kernel panics in memblock's words."""
-    text = "memblock_alloc_try_nid: Failed to allocate 4096 bytes align=0x1000 nid=0 from=0x0 max_addr=0x100000"
+    text = "memblock_alloc_try_nid: Failed to allocate 4096 bytes align=0x1000 nid=-1 from=0x0 max_addr=0x100000"
     kernel = entered()
     with pytest.raises(GuestPanic, match=text):
-        kernel.memblock_alloc(4096, 4096, 0, MIB)
+        kernel.memblock_alloc(4096, 4096, "test", end=MIB)
     assert kernel.machine.trace.records[-1].event.text == text

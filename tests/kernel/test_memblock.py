@@ -28,7 +28,7 @@ def memblock(
 
 
 def flat(array: MemblockType) -> list[int]:
-    return [number for region in array.regions for number in region]
+    return [number for region in array.regions for number in region[:3]]
 
 
 class Model:

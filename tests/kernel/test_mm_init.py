@@ -90,10 +90,10 @@ def test_eager_and_lazy_manage_the_same_memory(new_boot):
 @pytest.mark.parametrize(
     ("memory", "node", "node_data"),
     [
-        # the highest 43 pages below a page of page table for each GiB above 4 GiB: a real TD of 4 GiB has the same
+        # the highest 43 pages below two pages of page table: a real TD of 4 GiB has the same
         (4 * GIB, "0x000000017fffffff", "0x17ffd3000-0x17fffdfff"),
-        (64 * GIB, "0x000000107fffffff", "0x107ff97000-0x107ffc1fff"),
-        (5 * GIB + 12 * KIB, "0x00000001c0002fff", "0x1bffd4000-0x1bfffefff"),
+        (64 * GIB, "0x000000107fffffff", "0x107ffd3000-0x107fffdfff"),
+        (5 * GIB + 12 * KIB, "0x00000001c0002fff", "0x1bffd3000-0x1bfffdfff"),
     ],
 )
 def test_node(new_boot, log, memory, node, node_data):
@@ -125,11 +125,34 @@ def test_log_of_a_4g_guest(new_boot, log):
         "  node   0: [mem 0x000000007f7fe000-0x000000007fef3fff]",
         "  node   0: [mem 0x0000000100000000-0x000000017fffffff]",
         "Initmem setup node 0 [mem 0x0000000000001000-0x000000017fffffff]",
+        "On node 0, zone DMA: 1 pages in unavailable ranges",
+        "On node 0, zone DMA: 96 pages in unavailable ranges",
+        "On node 0, zone DMA: 6 pages in unavailable ranges",
+        "On node 0, zone DMA: 2 pages in unavailable ranges",
+        "On node 0, zone DMA32: 1 pages in unavailable ranges",
+        "On node 0, zone DMA32: 258 pages in unavailable ranges",
+        "On node 0, zone DMA32: 786 pages in unavailable ranges",
+        "On node 0, zone Normal: 268 pages in unavailable ranges",
+        "PM: hibernation: Registered nosave memory: [mem 0x00000000-0x00000fff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x000a0000-0x000fffff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x00800000-0x00805fff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x0080b000-0x0080cfff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x7d8fa000-0x7d8fafff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x7eaa0000-0x7eba1fff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x7f4ec000-0x7f7fdfff]",
+        "PM: hibernation: Registered nosave memory: [mem 0x7fef4000-0xffffffff]",
+        "[mem 0x80000000-0xdfffffff] available for PCI devices",
+        "percpu: Embedded 61 pages/cpu s212992 r8192 d28672 u2097152",
+        "Fallback order for Node 0: 0 ",
+        "Built 1 zonelists, mobility grouping on.  Total pages: 1030635",
+        'Unknown kernel command line parameters "nokaslr", will be passed to user space.',
         "Dentry cache hash table entries: 524288 (order: 10, 4194304 bytes, linear)",
         "Inode-cache hash table entries: 262144 (order: 9, 2097152 bytes, linear)",
+        "software IO TLB: area num 1.",
         "software IO TLB: SWIOTLB bounce buffer size roundup to 256MB",
         "software IO TLB: mapped [mem 0x000000006d8f9000-0x000000007d8f9000] (256MB)",
-        "Memory: 3812308K/4188632K available (376324K reserved, 0K cma-reserved)",
+        "Memory: 1918368K/4188632K available (380428K reserved, 0K cma-reserved)",
+        "node 0 deferred pages initialised in 0ms",
     ]
 
 
@@ -164,10 +187,10 @@ def test_hash_tables(new_boot, log, memory, dentries, inodes):
 @pytest.mark.parametrize(
     ("memory", "lines"),
     [
-        (512 * MIB, ["adjusted to 64MB", "[mem 0x0000000018e00000-0x000000001ce00000] (64MB)"]),
-        (3 * GIB, ["adjusted to 183MB", "roundup to 256MB", "[mem 0x000000006d8f9000-0x000000007d8f9000] (256MB)"]),
-        (16 * GIB, ["adjusted to 982MB", "roundup to 1024MB", "[mem 0x000000003d8f9000-0x000000007d8f9000] (1024MB)"]),
-        (64 * GIB, ["adjusted to 1024MB", "[mem 0x000000003d8f8000-0x000000007d8f8000] (1024MB)"]),
+        (512 * MIB, ["adjusted to 64MB", "area num 1.", "[mem 0x0000000018c00000-0x000000001cc00000] (64MB)"]),
+        (3 * GIB, ["adjusted to 183MB", "area num", "roundup to 256MB", "0x000000006d8f9000-0x000000007d8f9000"]),
+        (16 * GIB, ["adjusted to 982MB", "area num", "roundup to 1024MB", "0x000000003d8f9000-0x000000007d8f9000"]),
+        (64 * GIB, ["adjusted to 1024MB", "area num 1.", "[mem 0x000000003d8f8000-0x000000007d8f8000] (1024MB)"]),
     ],
 )  # fmt: skip
 def test_bounce_buffers(new_boot, log, memory, lines):
@@ -193,9 +216,11 @@ def test_no_room_for_bounce_buffers(new_boot, log):
 
 
 def test_guest_without_room_for_its_own_tables(new_boot):
-    """A guest too small for its struct pages panics in memblock's words."""
-    with pytest.raises(GuestPanic, match="memblock_alloc_try_nid: Failed to allocate 2097152 bytes align=0x200000"):
-        new_boot("mm-init", memory=64 * MIB)
+    """A guest too small for its struct pages panics in memblock's words: each section wants 2 MiB."""
+    low = [(CONVENTIONAL, 0x1000, 0xA0000), (CONVENTIONAL, MIB, 40 * MIB)]
+    crumbs = [(CONVENTIONAL, (4 + 8 * number) * GIB, (4 + 8 * number) * GIB + MIB) for number in range(64)]
+    with pytest.raises(GuestPanic, match="memblock_alloc_try_nid_raw: Failed to allocate 2097152 bytes align=0x200000"):
+        new_boot("mm-init", **given_map(*low, *crumbs))
 
 
 def test_struct_pages_in_pieces(new_boot):

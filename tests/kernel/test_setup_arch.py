@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -54,7 +55,16 @@ def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> li
         f"last_pfn = {high_end >> 12:#x} max_arch_pfn = 0x10000000000",
         "last_pfn = 0x7fef4 max_arch_pfn = 0x10000000000",
         f"software IO TLB: SWIOTLB bounce buffer size adjusted to {swiotlb}MB",
+        "Using GB pages for direct mapping",
     ]
+
+
+ACPI_LINES = [
+    "ACPI: Reserving FACP table memory at [mem 0x7f76c060-0x7f76c173]",
+    "ACPI: Reserving DSDT table memory at [mem 0x7f76c000-0x7f76c054]",
+    "ACPI: Reserving APIC table memory at [mem 0x7f76c180-0x7f76c1b3]",
+    "ACPI: Reserving WAET table memory at [mem 0x7f76c1c0-0x7f76c1e7]",
+]
 
 
 @pytest.mark.parametrize(
@@ -64,14 +74,14 @@ def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> li
 def test_log(new_boot, log, memory, high_end, swiotlb):
     """Line by line what setup_arch prints for a guest with memory above 4 GiB."""
     boot = new_boot("setup-arch", memory=memory, cmdline="quiet")
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end, swiotlb)
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8FA000, high_end, swiotlb) + ACPI_LINES
 
 
 def test_log_with_an_initrd(new_boot, log):
-    """The initrd is announced last, and it is reserved to the end of its last page."""
+    """The initrd is announced behind the direct map, and it is reserved to the end of its last page."""
     boot = new_boot("setup-arch", initrd=INITRD, cmdline="quiet")
-    ramdisk = ["RAMDISK: [mem 0x7d8f8000-0x7d8fa70f]"]
-    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB, 245) + ramdisk
+    ramdisk = ["RAMDISK: [mem 0x7d8f8000-0x7d8fafff]"]
+    assert log(boot, "setup-arch") == expected_log("quiet", 0x7D8F7000, 6 * GIB, 245) + ramdisk + ACPI_LINES
     assert all(boot.kernel.memblock.is_reserved(at) for at in (0x7D8F8000, 0x7D8FA70F, 0x7D8FAFFF))
     assert boot.physical.read(0x7D8F8000, len(INITRD)) == INITRD
 
@@ -174,6 +184,34 @@ def test_setup_data_is_kept(new_boot, log):
     assert "reserve setup_data: [mem 0x0000000004001000-0x0000000004001023] usable" in lines
     assert all(boot.kernel.memblock.is_reserved(at) for at in addresses)
     assert boot.kernel.memblock.is_memory(addresses[0])
+
+
+def test_indirect_setup_data_is_kept(new_boot, log):
+    """What an indirect node points to is reserved and marked as well."""
+    boot = new_boot("decompress", cmdline="")
+    with_setup_data(boot, (1 << 31, struct.pack("<IIQQ", 3, 0, 0x1800, 80 * MIB)))
+    boot.run("setup-arch")
+    assert "e820: update [mem 0x05000000-0x050017ff] usable ==> usable" in log(boot, "setup-arch")
+    assert boot.kernel.memblock.is_reserved(80 * MIB + 0x17FF)
+    assert not boot.kernel.memblock.is_reserved(80 * MIB + 0x1800)
+
+
+def test_mirrored_memory(new_boot, log):
+    """Memory that EFI calls more reliable is mirrored; kernelcore=mirror leaves the rest to zone Movable."""
+    rows = [
+        (CONVENTIONAL, 0x1000, 0xA0000, 0x1000F),
+        (CONVENTIONAL, MIB, GIB, 0x1000F),
+        (CONVENTIONAL, 4 * GIB, 5 * GIB, 0x1000F),
+        (CONVENTIONAL, 5 * GIB, 6 * GIB, 0xF),
+    ]
+    efi_map = tuple(MemoryDescriptor.of_range(*row) for row in rows)
+    boot = new_boot("mm-init", efi_map=efi_map, cmdline="kernelcore=mirror")
+    (line,) = (line for line in log(boot, "setup-arch") if "mirrored memory" in line)
+    mirrored, total = re.fullmatch(r"efi: Memory: (\d+)M/(\d+)M mirrored memory", line).groups()
+    assert GIB // MIB <= int(mirrored) <= int(total) - 1000
+    assert "  Node 0: 0x0000000140000000" in log(boot, "mm-init")
+    (movable,) = (zone for zone in boot.kernel.allocator.zones if zone.name == "Movable")
+    assert (movable.zone_start_pfn, movable.end_pfn) == (5 * GIB >> 12, boot.kernel.max_pfn)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """tools.render: the forms that several verbs share."""
 
-from tools.render import hex_dump
+from kernel.events import MmPageAllocExtfrag, OutOfMemory
+from kernel.gfp import GFP_KERNEL
+from tools.render import event_text, hex_dump
 
 
 def test_hex_dump() -> None:
@@ -10,3 +12,13 @@ def test_hex_dump() -> None:
         "00000010: 3031 327f ff                             012..",
     ]
     assert hex_dump(b"A", base=1 << 32) == ["100000000: 41                                       A"]
+
+
+def test_events_of_the_page_allocator() -> None:
+    """A fallback is the kernel's own trace line; a kill says for whom."""
+    event = MmPageAllocExtfrag(0x100200, 0, 4, 9, 1, 0, True, False)
+    assert event_text(event) == (
+        "mm_page_alloc_extfrag: page=ffffea0004008000 pfn=0x100200 alloc_order=0 fallback_order=4 pageblock_order=9 "
+        "alloc_migratetype=1 fallback_migratetype=0 fragmenting=1 change_ownership=0"
+    )
+    assert event_text(OutOfMemory(GFP_KERNEL, 1, False)) == "out of memory: gfp_mask=0xcc0, order=1, nobody killed"

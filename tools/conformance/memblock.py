@@ -102,7 +102,7 @@ class _Followed:
             self._regions = [*self._regions[: 3 * at], *inserted, *self._regions[3 * (at + removed) :]]
         self._max = record.get(letter + "max", self._max)
         total = record.get(letter + "t", sum(self._regions[1::3]))
-        found = [number for region in array.regions for number in region], array.max, array.total_size
+        found = [number for region in array.regions for number in region[:3]], array.max, array.total_size
         names = (letter, letter + "max", letter + "t")
         for name, ours, expected in zip(names, found, (self._regions, self._max, total), strict=True):
             if ours != expected:
@@ -125,8 +125,8 @@ def _set_current_limit(memblock: Memblock, limit: int) -> None:
     memblock.current_limit = limit
 
 
-def _alloc_nid(memblock: Memblock, size: int, align: int, start: int, end: int, _nid: int, _exact: int) -> int:
-    return memblock.phys_alloc_range(size, align, start, end)
+def _alloc_nid(memblock: Memblock, size: int, align: int, start: int, end: int, nid: int, exact: int) -> int:
+    return memblock.alloc_range_nid(size, align, start, end, nid, bool(exact))
 
 
 def _free_all(memblock: Memblock, max_low_pfn: int) -> list[int]:
