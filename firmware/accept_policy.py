@@ -17,7 +17,8 @@ from tdx.sept import LEVEL_2M, LEVEL_4K
 def accept_below_4g(machine: Machine, resources: list[Resource]) -> list[Resource]:
     """Accept the unaccepted resources below 4 GiB, each clamped to it; return what stays unaccepted."""
     left = []
-    machine.print("AcceptMemory under address of 4G")
+    if any(resource.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED for resource in resources):
+        machine.print("AcceptMemory under address of 4G")
     for resource in resources:
         if resource.type != ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED:
             continue

@@ -34,6 +34,7 @@ class FwCfg:
     cmdline: str = ""
     pci_express: bool = True
     """The machine has PCIe configuration space in memory: q35, not pc. A real firmware asks the host bridge."""
+    cpus: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from firmware.accept_policy import accept_below_4g
 from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.efi_types import ACPI_20_TABLE_GUID, EfiMemoryType, guid_bytes
-from firmware.hob import Resource, read_hob_list
+from firmware.efi_types import ACPI_20_TABLE_GUID, CACHEABLE, EfiMemoryType, guid_bytes
+from firmware.hob import Resource, ResourceType, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
@@ -19,7 +19,8 @@ from firmware.ovmf_layout import low_memory, mmio
 from firmware.paging import build_identity_map
 from firmware.system_table import build_system_table
 from guest.machine import Machine
-from guest.units import SZ_128M
+from guest.ranges import TOP, RangeSet
+from guest.units import SZ_4G, SZ_128M
 
 _STACK_SIZE = SZ_128M >> 10
 """128 KiB (UEFI 2.10, section 2.3.4)."""
@@ -47,7 +48,7 @@ def firmware(machine: Machine, fw_cfg: FwCfg, given_map: list[MemoryDescriptor] 
     services = EfiServices(machine, memory_map, arena)
     machine.regs.rdx = build_system_table(services)
     guid = arena.put(EfiMemoryType.EfiBootServicesData, guid_bytes(ACPI_20_TABLE_GUID))
-    services.install_configuration_table(guid, build_acpi(arena))
+    services.install_configuration_table(guid, build_acpi(arena, fw_cfg.cpus))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
@@ -73,11 +74,21 @@ def build_stack(services: EfiServices) -> int:
 
 
 def _ovmf_map(machine: Machine, resources: list[Resource], pci_express: bool) -> MemoryMap:
-    """Accept by OVMF's policy; what stays unaccepted is listed behind everything else."""
+    """Accept by OVMF's policy; what stays unaccepted is listed behind everything else.
+
+    Where nothing is unaccepted, this is no TD, and memory above 4 GiB is free too.
+    """
     left = accept_below_4g(machine, resources)
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
-    return MemoryMap(low_memory(resources), [*mmio(pci_express), *unaccepted])
+    return MemoryMap([*low_memory(resources), *_high_memory(resources)], [*mmio(pci_express), *unaccepted])
+
+
+def _high_memory(resources: list[Resource]) -> list[MemoryDescriptor]:
+    """Descriptors of the RAM above 4 GiB that needs no acceptance."""
+    kind = EfiMemoryType.EfiConventionalMemory
+    ram = RangeSet((r.start, r.end) for r in resources if r.type == ResourceType.EFI_RESOURCE_SYSTEM_MEMORY)
+    return [MemoryDescriptor.of_range(kind, r.start, r.end, CACHEABLE) for r in ram.within(SZ_4G, TOP)]
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from guest.units import memparse
+
 _SPACES = frozenset(" \t\n\v\f\r\xa0")
 
 
@@ -23,6 +25,8 @@ class EarlyParams:
     lazy_accept: bool = True
     """``accept_memory=lazy`` (default) or ``eager`` (v9 02/14)."""
     nokaslr: bool = False
+    fake_unaccepted_start: int | None = None
+    """``fake_unaccepted_start=``: an address (v9 03/14)."""
     notes: tuple[str, ...] = ()
 
 
@@ -31,6 +35,7 @@ def parse_early_param(command_line: str) -> EarlyParams:
     values: dict[str, str | None] = {}
     notes: list[str] = []
     lazy_accept, nokaslr = True, False
+    fake_start: int | None = None
     for name, value in parse_args(command_line):
         values[name] = value
         nokaslr = nokaslr or (name == "nokaslr" and value is None)
@@ -38,7 +43,18 @@ def parse_early_param(command_line: str) -> EarlyParams:
             lazy_accept = value == "lazy"
         elif name == "accept_memory":
             notes.append(f"Malformed early option '{name}'")
-    return EarlyParams(values, lazy_accept, nokaslr, tuple(notes))
+        elif name == "fake_unaccepted_start":
+            fake_start, refused = _address(value, fake_start)
+            notes += [f"Malformed early option '{name}'"] * refused
+    return EarlyParams(values, lazy_accept, nokaslr, fake_start, tuple(notes))
+
+
+def _address(value: str | None, before: int | None) -> tuple[int | None, bool]:
+    """The address of ``fake_unaccepted_start=``, and whether it was refused: text behind it turns the feature off."""
+    if value is None:
+        return before, True
+    address, rest = memparse(value)
+    return (None, True) if rest else (address, False)
 
 
 def parse_args(command_line: str) -> Iterator[tuple[str, str | None]]:

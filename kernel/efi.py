@@ -124,6 +124,7 @@ def efi_init(kernel: Kernel) -> None:
     name = machine.memory.read(vendor, _VENDOR_SIZE * 2).decode("utf-16-le", errors="replace").split("\0")[0]
     machine.print(f"efi: EFI v{revision >> 16}.{(revision & 0xFFFF) // 10} by {name}")
     tables = dict(_known_tables(kernel, system_table))
+    kernel.acpi_rsdp = tables.get("ACPI 2.0", 0)
     machine.print("efi: " + "".join(f"{table}={address:#x} " for table, address in tables.items()))
     if _UNACCEPTED in tables:
         _reserve_unaccepted(kernel, tables[_UNACCEPTED])
@@ -181,7 +182,9 @@ def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size
-    kernel.unaccepted = UnacceptedMemory(found.bitmap, accept, found.phys_base, described, unit_size)
+    kernel.unaccepted = UnacceptedMemory(
+        found.bitmap, accept, found.phys_base, described, unit_size, guard=kernel.build.zeropad_guard
+    )
 
 
 def _efi_remove_e820_mmio(kernel: Kernel) -> None:

@@ -11,9 +11,10 @@ from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import RecordCopy
 from guest.units import PAGE_SHIFT, PHYSICAL_ADDRESS_BITS, SZ_2M, round_down
+from kernel.build import KernelBuild
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
-from kernel.memblock import Memblock
+from kernel.memblock import MAINLINE_MEMBLOCK, Memblock
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept
@@ -38,21 +39,28 @@ class Kernel:
     boot_services: list[Range] = field(default_factory=list)
     max_pfn: int = 0
     swiotlb_size: int = 0
+    acpi_rsdp: int = 0
+    hotplugged: list[Range] = field(default_factory=list)
+    """Memory that was added after boot."""
+    build: KernelBuild = field(default_factory=KernelBuild)
     allocator: PageAllocator | None = None
 
     @classmethod
-    def enter(cls, machine: Machine) -> Kernel:
+    def enter(cls, machine: Machine, build: KernelBuild | None = None) -> Kernel:
         """x86_64_start_kernel(): RSI = boot_params, RIP in the image; copy what the loader left.
 
         The image is taken to end ``init_size`` behind its start, since its own ``_end`` is the linker's secret.
         Source: arch/x86/kernel/head64.c, copy_bootdata().
         """
+        build = build or KernelBuild()
         regs, memory = machine.regs, machine.memory
         params = RecordCopy(memory.read(regs.rsi, BOOT_PARAMS_SIZE), BOOT_PARAMS)
         command_line = _command_line(machine, params["ext_cmd_line_ptr"] << 32 | params["hdr.cmd_line_ptr"])
         text = round_down(regs.rip, SZ_2M)
         bitmap = params["unaccepted_memory"]
-        unaccepted = UnacceptedMemory(GuestBitmap(memory, bitmap) if bitmap else None, PlatformAccept(machine))
+        unaccepted = UnacceptedMemory(
+            GuestBitmap(memory, bitmap) if bitmap else None, PlatformAccept(machine), guard=build.zeropad_guard
+        )
 
         def accept_memory(start: int, end: int) -> None:
             kernel.unaccepted.accept_memory(start, end)  # mainline finds its bitmap only later
@@ -65,8 +73,14 @@ class Kernel:
             image=Range(text, text + params["hdr.init_size"]),
             unaccepted=unaccepted,
             memblock=Memblock(accept_memory, clear_memory=memory.clear, panic=machine.panic),
+            build=build,
         )
         return kernel
+
+    @property
+    def mainline(self) -> bool:
+        """True if this is a kernel of 6.12; one that found the table of unaccepted memory is."""
+        return self.build.mainline or self.memblock.version is MAINLINE_MEMBLOCK
 
     @property
     def ramdisk(self) -> Range:

@@ -21,6 +21,7 @@ from guest.units import (
     round_up,
 )
 from kernel.efi import efi_free_boot_services
+from kernel.fake_unaccepted import page_unaccepted_memory
 from kernel.kernel import Kernel
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.mmzone import Zone, free_area_init, memory_node_lines, zone_ranges_lines
@@ -48,7 +49,7 @@ def mm_init(kernel: Kernel) -> None:
     for name, scale in (("Dentry", 13), ("Inode", 14)):
         _alloc_large_system_hash(kernel, name, present, scale)
     swiotlb_init(kernel)
-    allocator = kernel.allocator = PageAllocator(zones, kernel.unaccepted, lazy=kernel.early.lazy_accept)
+    allocator = kernel.allocator = PageAllocator(zones, page_unaccepted_memory(kernel), lazy=kernel.early.lazy_accept)
     for pages in kernel.memblock.free_all(kernel.max_pfn):
         allocator.free_pages_core(pages.start, pages.end)
     _mem_init_print_info(kernel, zones)

@@ -16,6 +16,7 @@ from kernel.free_area import BlockRuns, FreeArea
 from kernel.memblock_type import MemblockRegion
 from kernel.watermark import (
     LOWMEM_RESERVE_RATIO,
+    WATERMARK_SCALE_FACTOR,
     Watermarks,
     calculate_min_free_kbytes,
     lowmem_reserves,
@@ -119,7 +120,7 @@ def setup_zone_wmarks(zones: Sequence[Zone], *, transparent_hugepage: bool) -> i
     """
     lowmem_pages = sum(zone.managed_pages for zone in zones)
     min_free_kbytes = calculate_min_free_kbytes(lowmem_pages)
-    _setup_per_zone_wmarks(zones, min_free_kbytes)
+    setup_per_zone_wmarks(zones, min_free_kbytes)
     reserves = lowmem_reserves([zone.managed_pages for zone in zones])
     for zone, reserve in zip(zones, reserves, strict=False):
         zone.lowmem_reserve = reserve
@@ -127,14 +128,17 @@ def setup_zone_wmarks(zones: Sequence[Zone], *, transparent_hugepage: bool) -> i
         free_buffer_pages = sum(max(zone.managed_pages - zone.watermark.high, 0) for zone in zones)
         nr_zones = sum(zone.populated for zone in zones)
         min_free_kbytes = recommended_min_free_kbytes(min_free_kbytes, nr_zones, free_buffer_pages)
-        _setup_per_zone_wmarks(zones, min_free_kbytes)
+        setup_per_zone_wmarks(zones, min_free_kbytes)
     return min_free_kbytes
 
 
-def _setup_per_zone_wmarks(zones: Sequence[Zone], min_free_kbytes: int) -> None:
+def setup_per_zone_wmarks(
+    zones: Sequence[Zone], min_free_kbytes: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> None:
+    """Set all watermarks of all zones from vm.min_free_kbytes and vm.watermark_scale_factor."""
     lowmem_pages = sum(zone.managed_pages for zone in zones)
     for zone in zones:
-        zone.watermark = zone_wmarks(min_free_kbytes, zone.managed_pages, lowmem_pages)
+        zone.watermark = zone_wmarks(min_free_kbytes, zone.managed_pages, lowmem_pages, scale_factor)
 
 
 def totalreserve_pages(zones: Iterable[Zone]) -> int:

@@ -45,11 +45,15 @@ class PageAllocator:
 
     def __init__(self, zones: Sequence[Zone], unaccepted: UnacceptedMemory, *, lazy: bool) -> None:
         self.zones = tuple(zones)
-        self._zonelist = tuple(zone for zone in reversed(zones) if zone.populated)
+        self.build_all_zonelists()
         self._unaccepted = unaccepted
         self._lazy = lazy
         self._managed = RangeSet()
         self._allocated: dict[int, int] = {}
+
+    def build_all_zonelists(self) -> None:
+        """Find out which zones have memory."""
+        self._zonelist = tuple(zone for zone in reversed(self.zones) if zone.populated)
 
     # Memory from memblock.
 

@@ -29,6 +29,7 @@ from guest.units import (
     SZ_64K,
     round_up,
 )
+from kernel.build import KernelBuild
 from kernel.e820 import memory_setup
 from kernel.efi import efi_init, efi_memblock_x86_reserve_range, efi_reserve_boot_services
 from kernel.kernel import MAX_ARCH_PFN, Kernel
@@ -41,9 +42,9 @@ REAL_MODE_SIZE = 7 * PAGE_SIZE
 """real_mode_blob of a 6.x kernel, seen in memblock=debug logs."""
 
 
-def setup_arch(machine: Machine) -> Kernel:
+def setup_arch(machine: Machine, build: KernelBuild | None = None) -> Kernel:
     """Enter the kernel and run setup_arch() up to the direct map; RSI = boot_params."""
-    kernel = Kernel.enter(machine)
+    kernel = Kernel.enter(machine, build)
     machine.print(f"Command line: {kernel.command_line}")
     setup_data = list(walk_setup_data(machine.memory.read, kernel.params["hdr.setup_data"]))
     _early_reserve_memory(kernel, setup_data)

@@ -5,15 +5,22 @@ Sources: arch/x86/mm/mem_encrypt.c, mem_encrypt_setup_arch(); kernel/dma/swiotlb
 
 from __future__ import annotations
 
-from guest.units import PAGE_SIZE, SZ_1G, SZ_1M, SZ_4G, SZ_64M, round_down
+from guest.units import PAGE_SIZE, PFN_DOWN, SZ_1G, SZ_1M, SZ_4G, SZ_64M, round_down
 from kernel.kernel import Kernel
+from tdx.guest import tdx_guest_detected
 
 IO_TLB_DEFAULT_SIZE = SZ_64M
 IO_TLB_SIZE = 2048
 
 
 def mem_encrypt_setup_arch(kernel: Kernel) -> None:
-    """Size the buffers: 6 % of memory, 64 MiB at least, 1 GiB at most."""
+    """Size the buffers: 6 % of memory, 64 MiB at least, 1 GiB at most.
+
+    A guest that is no TD has the default, and that only if there is memory above 4 GiB.
+    """
+    if not tdx_guest_detected(kernel.machine):
+        kernel.swiotlb_size = IO_TLB_DEFAULT_SIZE if kernel.max_pfn > PFN_DOWN(SZ_4G) else 0
+        return
     wanted = kernel.memblock.phys_mem_size() * 6 // 100
     kernel.swiotlb_size = round_down(min(max(wanted, IO_TLB_DEFAULT_SIZE), SZ_1G), IO_TLB_SIZE)
     size = kernel.swiotlb_size // SZ_1M
@@ -22,6 +29,8 @@ def mem_encrypt_setup_arch(kernel: Kernel) -> None:
 
 def swiotlb_init(kernel: Kernel) -> None:
     """Allocate the buffers, a power of two of them, from memory below 4 GiB. Without room there are none."""
+    if kernel.swiotlb_size == 0:
+        return
     size = 1 << (kernel.swiotlb_size - 1).bit_length()
     if size != kernel.swiotlb_size:
         kernel.machine.print(f"software IO TLB: SWIOTLB bounce buffer size roundup to {size // SZ_1M}MB")

@@ -46,11 +46,13 @@ def recommended_min_free_kbytes(min_free_kbytes: int, nr_zones: int, free_buffer
     return max(min_free_kbytes, recommended << KBYTES_SHIFT)
 
 
-def zone_wmarks(min_free_kbytes: int, managed: int, lowmem_pages: int) -> Watermarks:
+def zone_wmarks(
+    min_free_kbytes: int, managed: int, lowmem_pages: int, scale_factor: int = WATERMARK_SCALE_FACTOR
+) -> Watermarks:
     """Watermarks of a zone with ``managed`` pages among ``lowmem_pages`` (``__setup_per_zone_wmarks``)."""
     pages_min = min_free_kbytes >> KBYTES_SHIFT
     wmark_min = pages_min * managed // lowmem_pages if managed else 0
-    step = max(wmark_min >> 2, managed * WATERMARK_SCALE_FACTOR // 10_000)
+    step = max(wmark_min >> 2, managed * scale_factor // 10_000)
     return Watermarks(wmark_min, wmark_min + step, wmark_min + 2 * step, wmark_min + 3 * step)
 
 

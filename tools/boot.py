@@ -12,8 +12,10 @@ from typing import Any
 
 from guest.errors import BootError
 from guest.trace import Record
+from kernel.runtime import script_help
 from tools.cli import script
 from tools.config import add_options, boot_config
+from tools.cpu_report import cpu_rows, cpus_json
 from tools.milestones import milestone_rows, milestones, milestones_json
 from tools.pipeline import Boot
 from tools.postmortem import add_symbols_option, postmortem
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Boot. A guest that dies, or a Ctrl-C, leaves its log and table, then its error."""
+    if args.script == "help":
+        print(script_help(), end="")
+        return 0
     config, stage = resolve_until(args, boot_config(args))
     if args.plot is not None:
         from tools.plot import check_plot
@@ -112,6 +117,10 @@ def _print_tables(boot: Boot) -> None:
         print()
         print_table(*milestone_rows(found))
         print()
+    if boot.shell is not None and len(boot.shell.cpus.all) > 1:
+        print()
+        print_table(*cpu_rows(boot.shell.cpus.all))
+        print()
     for line in verdict_lines(boot):
         print(line)
 
@@ -131,6 +140,7 @@ def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, An
         "stages": summary_json(summarize(boot.trace.records)),
         "milestones": milestones_json(milestones(boot.trace.records, boot.host.ram)),
         "log": log_lines(boot.trace.records),
+        "cpus": cpus_json(boot.shell.cpus.all) if boot.shell is not None else [],
         "verdict": verdict_lines(boot),
         "error": "interrupted" if isinstance(end, KeyboardInterrupt) else str(end) if end is not None else None,
     }

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from guest.errors import BootError, FormatError
 from kernel.events import Allocation, FileRead, FileWrite
-from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
+from kernel.runtime import Shell, parse_script
+from kernel.script import Command
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -81,7 +82,7 @@ def test_wrong_line(line):
     with pytest.raises(FormatError) as caught:
         parse_script(f"# first\n\ncat /proc/meminfo\n{line}\nalloc 0\n", "my.script")
     assert caught.value.what == "my.script, line 4"
-    assert caught.value.found == repr(line.strip())
+    assert caught.value.found == repr(line.strip()[:80])
 
 
 @given(st.text(max_size=100) | st.text("alocfrethd 0123456789#>\n/", max_size=100))

@@ -1,0 +1,24 @@
+"""What a kernel is built from, and what a test takes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBuild:
+    """A kernel's source, ``mainline`` (6.12) or v9, and its protections, each of which can be left out for a test.
+
+    ``zeropad_guard``: accept_memory() takes the unit behind a range too (v9 11/14). ``accept_exclusion``: two CPUs
+    never accept the same unit: v9's spinlock, mainline's list of ranges. ``reader_filter``: mainline's /proc/kcore
+    and /proc/vmcore leave out unaccepted memory, as they do since 6.6. ``strict_devmem``: CONFIG_STRICT_DEVMEM,
+    /dev/mem gives no RAM. ``queued_spinlocks``: a spinlock goes to the CPU that has waited longest; without it, to
+    any, as with the test-and-set lock that a guest has (arch/x86/include/asm/qspinlock.h, virt_spin_lock()).
+    """
+
+    mainline: bool = False
+    zeropad_guard: bool = True
+    accept_exclusion: bool = True
+    reader_filter: bool = True
+    strict_devmem: bool = True
+    queued_spinlocks: bool = False
