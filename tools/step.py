@@ -222,9 +222,7 @@ class Stepper(cmd.Cmd):
         if command is None or self._boot.shell is None:
             return
         if self.dead or self._paused:
-            self._say(
-                "the guest is dead; `back` brings it to life" if self.dead else "the guest is stopped within a command"
-            )
+            self._say("the guest is dead; `back` brings it to life" if self.dead else "the guest is inside a command")
             return
         log, first = LogText(), self._boot.trace.count
         try:
