@@ -85,7 +85,9 @@ def _ovmf_map(machine: Machine, resources: list[Resource], pci_express: bool) ->
 
 
 def _high_memory(resources: list[Resource]) -> list[MemoryDescriptor]:
-    """Descriptors of the RAM above 4 GiB that needs no acceptance."""
+    """Descriptors of the RAM above 4 GiB of a guest that is no TD; in a TD all of it is unaccepted."""
+    if any(r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED for r in resources):
+        return []
     kind = EfiMemoryType.EfiConventionalMemory
     ram = RangeSet((r.start, r.end) for r in resources if r.type == ResourceType.EFI_RESOURCE_SYSTEM_MEMORY)
     return [MemoryDescriptor.of_range(kind, r.start, r.end, CACHEABLE) for r in ram.within(SZ_4G, TOP)]

@@ -16,7 +16,7 @@ from guest.errors import BootError, FormatError
 from guest.ranges import Range, RangeSet
 from guest.trace import Event, Record, StageBegin
 from guest.units import PHYSICAL_ADDRESS_END, size_text
-from kernel.runtime import SYNTAX, script_help
+from kernel.runtime import SYNTAX, Shell, script_help
 from tools.cli import script
 from tools.config import add_options, boot_config, read_text
 from tools.pipeline import Boot, BootConfig
@@ -211,22 +211,27 @@ class Stepper(cmd.Cmd):
     def default(self, line: str) -> None:
         if line == "EOF":
             self.do_quit("")
-        if self._boot.shell is not None and SYNTAX.knows(line):
-            self._run_script(line)
-            return
-        raise FormatError("command", found=repr(line), expected="one that `help` lists", source=_SOURCE)
+        if not SYNTAX.knows(line):
+            raise FormatError("command", found=repr(line), expected="one that `help` lists", source=_SOURCE)
+        if self._boot.shell is None:
+            raise FormatError("command", found=repr(line), expected="stage runtime to have begun", source=_SOURCE)
+        self._run_script(self._boot.shell, line)
 
-    def _run_script(self, line: str) -> None:
+    def help_script(self) -> None:
+        """The commands of stage runtime, which can be typed here too."""
+        self._say(script_help().rstrip())
+
+    def _run_script(self, shell: Shell, line: str) -> None:
         """A command of stage runtime, typed: it runs on the guest as it is now. `back` forgets it."""
         command = SYNTAX.parse_line(line, "command")
-        if command is None or self._boot.shell is None:
+        if command is None:
             return
         if self.dead or self._paused:
             self._say("the guest is dead; `back` brings it to life" if self.dead else "the guest is inside a command")
             return
         log, first = LogText(), self._boot.trace.count
         try:
-            self._boot.shell.run([command])
+            shell.run([command])
         except BootError as error:
             self._died(error)
         for record in self._boot.trace.records[first:]:
