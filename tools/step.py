@@ -123,7 +123,8 @@ class Stepper(cmd.Cmd):
                 self._start()
                 for _ in range(rewind.stages):
                     self._step_quietly()
-                self._say(f"back before stage {self._boot.next_stage}")
+                stage = self._boot.next_stage
+                self._say(f"back before stage {stage}" if stage else "back at the end of the last stage")
 
     # Movement
 

@@ -173,7 +173,8 @@ def test_typed_in_the_debugger(command, file):
     assert "A script has one command a line; # starts a comment." in lines
     assert any(line.startswith("the guest died: runtime: read of 4096 bytes at 0x1") for line in lines)
     assert "the guest is dead; `back` brings it to life" in lines
-    assert lines[-1] == "      runtime"
+    assert "back at the end of the last stage" in lines
+    assert lines[-1] == "done  runtime"
     assert answer.status == 0  # it lives again
 
 
