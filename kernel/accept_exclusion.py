@@ -45,10 +45,13 @@ class BitmapSpinlock:
 
 
 class RangesInFlight:
-    """mainline: accepting_list. CPUs with ranges that do not overlap accept side by side."""
+    """mainline: accepting_list. CPUs with ranges that do not overlap accept side by side.
 
-    def __init__(self, cpus: Cpus) -> None:
-        self._cpus = cpus
+    Unless ``exact``, a range that begins where one in flight ends counts as overlapping, as it did at first.
+    """
+
+    def __init__(self, cpus: Cpus, exact: bool = True) -> None:
+        self._cpus, self._more = cpus, not exact
         self._accepting: dict[tuple[int, int], list[Cpu]] = {}
 
     @contextmanager
@@ -69,7 +72,7 @@ class RangesInFlight:
     def _overlapping(self, first: int, last: int) -> list[Cpu] | None:
         """Who waits for a range in flight that overlaps this one; None if there is no such range."""
         for (start, end), waiters in self._accepting.items():
-            if start < last and first < end:
+            if start < last and first < end + self._more:
                 return waiters
         return None
 

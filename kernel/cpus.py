@@ -192,6 +192,11 @@ class Cpus:
         cpu.times.busy_ns = max(cpu.times.busy_ns, self._clock.ns - cpu.touched_ns)
         cpu.touched_ns = self._clock.ns
 
+    def idle(self) -> None:
+        """All CPUs have nothing to do up to now."""
+        for cpu in self.all:
+            cpu.touched_ns = self._clock.ns
+
     def cond_resched(self) -> None:
         """Here anything else can run: the watchdog's own thread, and CPUs whose clocks are behind."""
         self.touch_softlockup_watchdog()

@@ -85,6 +85,7 @@ class Shell:
     def run(self, commands: Iterable[Command]) -> None:
         """Run them in order. What ends the guest is raised."""
         for command in commands:
+            self.cpus.idle()
             self._verbs[command.verb](command)
 
     # Allocations.
@@ -210,4 +211,6 @@ def _exclusion(kernel: Kernel, cpus: Cpus) -> Exclusion:
     """How this kernel's CPUs keep out of each other's way."""
     if not kernel.build.accept_exclusion:
         return NoExclusion(cpus)
-    return RangesInFlight(cpus) if kernel.mainline else BitmapSpinlock(cpus, kernel.build.queued_spinlocks)
+    if kernel.mainline and kernel.build.ranges_in_flight:
+        return RangesInFlight(cpus, exact=kernel.build.overlap_fix)
+    return BitmapSpinlock(cpus, kernel.build.queued_spinlocks)

@@ -233,6 +233,8 @@ class Stepper(cmd.Cmd):
         log, first = LogText(), self._boot.trace.count
         try:
             shell.run([command])
+        except FormatError:
+            raise
         except BootError as error:
             self._died(error)
         for record in self._boot.trace.records[first:]:

@@ -107,6 +107,14 @@ def test_mainline_does_not_wait_for_others_memory(new_bitmap):
     assert together.clock.ns == 16
 
 
+def test_mainline_before_its_fixes(new_bitmap):
+    """At first a range that begins where another one ends waited for it; those behind it never did."""
+    seeds = [Guest(new_bitmap(), 2, seed, lambda cpus: RangesInFlight(cpus, exact=False)) for seed in range(8)]
+    for guest in seeds:
+        guest.run([[(8, 15)], [(16, 23)]])
+    assert {guest.clock.ns for guest in seeds} == {8, 16}  # whether the lower range goes first is the seed's choice
+
+
 SCRIPT = "echo 1 > /proc/sys/kernel/watchdog_thresh\non cpus 0-15 alloc order 9 x 8 as a\non cpus 0-15 free a x 4\n"
 
 

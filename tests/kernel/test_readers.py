@@ -94,7 +94,7 @@ def test_mainline_leaves_unaccepted_memory_out(read, reader):
 
 @pytest.mark.parametrize("reader", ["kcore", "vmcore"])
 def test_mainline_before_the_filter(read, reader):
-    """Before 6.6 mainline died as v9 does."""
+    """Before it had the filter mainline died as v9 does."""
     with pytest.raises(MemoryFault):
         read(f"read {reader}\n", protocol=MAINLINE, build=KernelBuild(reader_filter=False))
 
