@@ -1,7 +1,7 @@
 """Who reads memory that nobody gave it: the end of a block, /proc/kcore, /proc/vmcore, /dev/mem.
 
     load_unaligned_zeropad()  a word in the last byte of a block reaches 7 bytes into what follows
-    /proc/kcore               all System RAM; mainline gives zeros for unaccepted memory (patches of 2023-09), v9 reads it
+    /proc/kcore               all System RAM; v9 reads it, mainline gives zeros for unaccepted memory
     /proc/vmcore              the same, in a crash kernel; with v9 there is none, as it refuses kexec
     /dev/mem                  page by page what CONFIG_STRICT_DEVMEM allows: no RAM
 
