@@ -97,7 +97,7 @@ class _Turn:
 
 
 class Cpus:
-    """The guest's CPUs. Outside :meth:`run` the boot CPU runs, and all methods but that one do nothing."""
+    """The guest's CPUs. Outside :meth:`run` the boot CPU has the turn, and nobody waits."""
 
     def __init__(self, count: int, clock: VirtualClock, seed: int, panic: Callable[[str], BaseException]) -> None:
         self.all = [Cpu(number) for number in range(count)]
@@ -146,6 +146,8 @@ class Cpus:
     def pause(self) -> None:
         """Let all CPUs go first whose clocks are behind this one's."""
         turn = self._turn
+        if turn is not None and turn.cancelled:
+            raise _Cancelled
         if turn is None or not self._ready or self._ready[0][0] > self._clock.ns:
             return
         turn.cpu.ns = self._clock.ns

@@ -39,7 +39,7 @@ def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> i
     running.plug(start, end)
     if not _populate_memmap(running, size):
         return -errno.ENOMEM
-    if accept:
+    if accept and running.tdx:
         running.kernel.unaccepted.arch_accept(start, end)
     if not zone.populated:
         zone.zone_start_pfn = PFN_DOWN(start)

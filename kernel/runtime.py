@@ -65,7 +65,8 @@ class Shell:
             kernel, allocator, cpus, Sysctl(allocator.zones, cpus), PageRequests(allocator),
             tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
-        self._blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        """Allocated blocks by name, without one by order: first page and order of each."""
         self._verbs: dict[str, Callable[[Command], None]] = {
             "alloc": self._alloc,
             "free": self._free,
@@ -105,7 +106,7 @@ class Shell:
             self.cpus.touch_softlockup_watchdog()
 
         cpus = self._on(command, allocate)
-        self._blocks[_name(command)] += done
+        self.blocks[_name(command)] += done
         accepted = unaccepted - self.running.nr_unaccepted()
         if not command.cpus:
             self._add(Allocation(command.order, len(done), command.count, accepted))
@@ -114,7 +115,7 @@ class Shell:
         self._add(ParallelAllocation(cpu_list(cpus).strip(), command.order, len(done), wanted, accepted, ns))
 
     def _free(self, command: Command) -> None:
-        blocks = self._blocks[_name(command)]
+        blocks = self.blocks[_name(command)]
 
         def free(cpu: Cpu) -> None:
             for _ in range(min(command.count, len(blocks))):
@@ -159,7 +160,7 @@ class Shell:
         start, end = command.start, command.start + command.size
         read: MemoryRead | int
         if command.text == "zeropad":
-            blocks = self._blocks[command.name]
+            blocks = self.blocks[command.name]
             read = load_unaligned_zeropad(self.running, (r for pfn, o in blocks for r in block_ranges([pfn], o)))
         else:
             reader = {"kcore": read_kcore, "vmcore": read_vmcore, "devmem": read_devmem}[command.text]

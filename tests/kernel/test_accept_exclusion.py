@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from kernel.cpus import Cpus
 from kernel.runtime import parse_script
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.sanitizer import AcceptanceRule
-from tools.verdict import finding_lines
+from tools.verdict import finding_lines, verdict_lines
 
 UNITS = 64
 KINDS = {
@@ -156,3 +158,35 @@ def test_soft_lockups(new_boot, protocol):
     )
     lockups = sum(cpu.times.soft_lockups for cpu in boot.shell.cpus.all)
     assert (lockups > 0) == (protocol is V9)
+
+
+def random_script(rng, cpus):
+    """Allocations and frees on some CPUs, side by side, and acceptance by hand."""
+    lines = ["echo 1000 > /proc/sys/vm/min_free_kbytes"]
+    for number in range(8):
+        low, high = sorted(rng.choices(range(cpus), k=2))
+        lines.append(
+            f"on cpus {low}-{high} alloc order {rng.choice([0, 3, 9, 10])} x {rng.randrange(1, 40)} as b{number}"
+        )
+        if rng.random() < 0.5:
+            lines.append(f"on cpus {low}-{high} free b{rng.randrange(number + 1)} x {rng.randrange(1, 30)}")
+        if rng.random() < 0.3:
+            lines.append("echo 32M > /sys/kernel/mm/page_alloc/accept_memory")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_work_of_whole_guests(new_boot, seed):
+    """A strict sanitizer finds nothing, no page is given out twice, bitmap and module agree, counters add up."""
+    rng = random.Random(seed)
+    cpus, protocol = rng.randrange(2, 9), (V9, MAINLINE)[seed % 2]
+    script = tuple(parse_script(random_script(rng, cpus)))
+    memory = 4 * SZ_1G + rng.randrange(4) * SZ_1G // 2
+    boot = new_boot(None, script=script, cpus=cpus, protocol=protocol, memory=memory, sanitize="error", seed=seed)
+    assert finding_lines(boot) == []
+    assert any(line.startswith("bitmap and Secure EPT agree") for line in verdict_lines(boot))
+    given = [(pfn, pfn + (1 << order)) for blocks in boot.shell.blocks.values() for pfn, order in blocks]
+    assert RangeSet(given).total() == sum(end - start for start, end in given) > 0
+    for zone in boot.kernel.allocator.zones:
+        free = sum(end - start for order in range(11) for start, end in zone.free_area.blocks(order))
+        assert zone.nr_free_pages == free + zone.nr_unaccepted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 
 import pytest
@@ -132,6 +133,22 @@ def test_an_exception_ends_all(error):
     done = []
     run_all(cpus, lambda cpu: done.append(cpu.number))
     assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_ctrl_c():
+    """Ctrl-C reaches the thread that waits for the CPUs; the one that runs is stopped at its next pause."""
+    cpus, _ = new_cpus(3)
+    before = threading.active_count()
+
+    def job(cpu):
+        if cpu.number == 1:
+            _thread.interrupt_main()
+        while True:
+            cpus.cond_resched()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(cpus, job)
+    assert threading.active_count() == before
 
 
 def test_interrupts_off_and_soft_lockup():
