@@ -36,9 +36,9 @@ def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> i
         return -errno.EEXIST
     if PFN_DOWN(start) < zone.end_pfn:
         return -errno.EINVAL
-    running.plug(start, end)
     if not _populate_memmap(running, size):
         return -errno.ENOMEM
+    running.plug(start, end)
     if accept and running.tdx:
         running.kernel.unaccepted.arch_accept(start, end)
     if not zone.populated:
@@ -54,10 +54,15 @@ def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> i
 
 
 def _populate_memmap(running: RunningKernel, size: int) -> bool:
-    """Struct pages for the new sections: 2 MiB each, written to. False if there is no memory for them."""
+    """Struct pages for the new sections: 2 MiB each, written to. False if there is no memory for all of them."""
+    requests, cpu = running.requests, running.cpus.current
+    taken: list[int] = []
     for _ in range(size // MEMORY_BLOCK_SIZE):
-        pfn = running.requests.alloc(_VMEMMAP_ORDER, "GFP_KERNEL", running.cpus.current)
+        pfn = requests.alloc(_VMEMMAP_ORDER, "GFP_KERNEL", cpu)
         if pfn is None:
+            for other in taken:
+                requests.free(other, _VMEMMAP_ORDER, cpu)
             return False
+        taken.append(pfn)
         running.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn) + PMD_SIZE)
     return True

@@ -98,7 +98,12 @@ def test_what_is_refused(added, where, error):
 
 
 def test_no_room_for_struct_pages(added):
-    """Memory needs a 64th of its size in struct pages before it is of any use."""
+    """Memory needs a 64th of its size in struct pages before it is of any use; what was taken is given back."""
     boot = added(f"alloc order 9 x 100000\nhotadd 8G {SZ_128M}\n", memory=SZ_1G)
     boot.run()
     assert [event.result for event in results(boot)] == [-errno.ENOMEM]
+    large = added("hotadd 1P 2P\n")
+    before = sum(zone.nr_free_pages for zone in large.kernel.allocator.zones)
+    large.run()
+    assert [event.result for event in results(large)] == [-errno.ENOMEM]
+    assert sum(zone.nr_free_pages for zone in large.kernel.allocator.zones) == before
