@@ -24,6 +24,7 @@ from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K
 from kernel.kernel import Kernel
 from kernel.memblock import MAINLINE_MEMBLOCK
+from kernel.mm_rules import MAINLINE_MM
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept, tdx_accept_memory
@@ -179,6 +180,7 @@ def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
         kernel.machine.print(f"efi: Unknown version of unaccepted memory table: {version}")
         return
     kernel.memblock.version = MAINLINE_MEMBLOCK
+    kernel.mm_rules = MAINLINE_MM
     kernel.memblock.reserve(table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from guest.trace import Event
 
+STRUCT_PAGE_SIZE = 64
+VMEMMAP_BASE = 0xFFFFEA0000000000
+"""Virtual address of the struct page of page frame 0, with four levels of page tables and without KASLR."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileRead(Event):
@@ -72,3 +76,36 @@ class Allocation(Event):
     count: int
     wanted: int
     accepted_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmPageAllocExtfrag(Event):
+    """A request took pages of another migrate type: ``mm_page_alloc_extfrag`` (include/trace/events/kmem.h)."""
+
+    pfn: int
+    alloc_order: int
+    fallback_order: int
+    pageblock_order: int
+    alloc_migratetype: int
+    fallback_migratetype: int
+    fragmenting: bool
+    change_ownership: bool
+
+    @property
+    def text(self) -> str:
+        """The line of the trace buffer; ``page`` is the address of the struct page in the kernel's memory map."""
+        return (
+            f"page={VMEMMAP_BASE + self.pfn * STRUCT_PAGE_SIZE:016x} pfn={self.pfn:#x} alloc_order={self.alloc_order} "
+            f"fallback_order={self.fallback_order} pageblock_order={self.pageblock_order} "
+            f"alloc_migratetype={self.alloc_migratetype} fallback_migratetype={self.fallback_migratetype} "
+            f"fragmenting={self.fragmenting:d} change_ownership={self.change_ownership:d}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory(Event):
+    """A request that reclaim could not help; ``killed`` says if the OOM killer made room (``out_of_memory``)."""
+
+    gfp: int
+    order: int
+    killed: bool

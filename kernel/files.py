@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from guest.units import PAGE_SHIFT
 from kernel import proc
 from kernel.cpus import Cpu
-from kernel.mmzone import Zone
+from kernel.page_alloc import PageAllocator
 from kernel.running import RunningKernel
 
 ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -30,22 +29,12 @@ class KernelFile:
     v9_only: bool = False
 
 
-def _proc(text: Callable[[Sequence[Zone]], str]) -> KernelFile:
-    return KernelFile(lambda running: text(running.allocator.zones))
+def _proc(text: Callable[[PageAllocator], str]) -> KernelFile:
+    return KernelFile(lambda running: text(running.allocator))
 
 
 def _accept_memory(running: RunningKernel, text: str) -> int:
     return running.allocator.accept_memory_sysfs(text)
-
-
-def node_meminfo(zones: Sequence[Zone]) -> str:
-    """/sys/devices/system/node/node0/meminfo, the lines whose numbers are known (drivers/base/node.c)."""
-    total, free, unaccepted = (
-        sum(getattr(zone, name) for zone in zones) for name in ("managed_pages", "nr_free_pages", "nr_unaccepted")
-    )
-    values = {"MemTotal": total, "MemFree": free, "MemUsed": total - free, "Unaccepted": unaccepted}
-    lines = (f"Node 0 {name + ':':<16}{pages << PAGE_SHIFT - 10:8} kB\n" for name, pages in values.items())
-    return "".join(lines)
 
 
 def cpu_list(cpus: Sequence[Cpu]) -> str:
@@ -57,9 +46,7 @@ def cpu_list(cpus: Sequence[Cpu]) -> str:
 
 
 FILES = {
-    "/proc/meminfo": _proc(proc.meminfo),
-    "/proc/vmstat": _proc(proc.vmstat),
-    "/proc/buddyinfo": _proc(proc.buddyinfo),
+    **{path: _proc(text) for path, text in proc.PROC_FILES.items()},
     "/proc/sys/vm/min_free_kbytes": KernelFile(
         lambda running: f"{running.sysctl.min_free_kbytes}\n",
         lambda running, text: running.sysctl.write_min_free_kbytes(text),
@@ -72,7 +59,7 @@ FILES = {
         lambda running: f"{running.sysctl.watchdog_thresh}\n",
         lambda running, text: running.sysctl.write_watchdog_thresh(text),
     ),
-    "/sys/devices/system/node/node0/meminfo": _proc(node_meminfo),
+    "/sys/devices/system/node/node0/meminfo": _proc(lambda allocator: proc.node_meminfo(allocator, 0)),
     "/sys/devices/system/cpu/present": KernelFile(lambda running: cpu_list(running.cpus.all)),
     "/sys/devices/system/cpu/online": KernelFile(lambda running: cpu_list(running.cpus.online)),
     ACCEPT_MEMORY: KernelFile(write=_accept_memory, v9_only=True),

@@ -1,7 +1,6 @@
 """Free lists of a zone (``struct free_area``, mm/page_alloc.c) and the list of unaccepted blocks (v9 02/14).
 
-The largest blocks are kept as runs of neighbours, so that a terabyte of fresh memory is one element. There is
-one migrate type.
+The largest blocks are kept as runs of neighbours, so that a terabyte of fresh memory is one element.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
+from kernel.migratetype import MIGRATE_HIGHATOMIC, MIGRATE_PCPTYPES, MIGRATE_TYPES, PAGEBLOCK_NR_PAGES
+
 MAX_ORDER = 10
 """Largest order, inclusive."""
 MAX_ORDER_NR_PAGES = 1 << MAX_ORDER
 NR_PAGE_ORDERS = MAX_ORDER + 1
+_TYPE_BITS = 3
 
 
 def page_blocks(start_pfn: int, end_pfn: int) -> Iterator[tuple[int, int]]:
@@ -54,6 +56,10 @@ class BlockRuns:
             end_pfn = self._runs.popleft()[1]
         self._runs.appendleft((pfn, end_pfn))
 
+    def first(self) -> int:
+        """The block at the head; ``IndexError`` if there is none."""
+        return self._runs[0][0]
+
     def pop(self) -> int:
         """Take the block at the head; its page frame number. ``IndexError`` if there is none."""
         start_pfn, end_pfn = self._runs.popleft()
@@ -64,65 +70,106 @@ class BlockRuns:
 
 
 class FreeArea:
-    """The buddy lists of all orders. Blocks are named by the number of their first page frame."""
+    """The free lists of all orders and migrate types. Blocks are named by the number of their first page frame."""
 
     def __init__(self) -> None:
-        self._lists: tuple[OrderedDict[int, None], ...] = tuple(OrderedDict() for _ in range(MAX_ORDER))
-        self.max_order_blocks = BlockRuns()
+        self._lists: tuple[tuple[OrderedDict[int, None], ...], ...] = tuple(
+            tuple(OrderedDict() for _ in range(MIGRATE_TYPES)) for _ in range(MAX_ORDER)
+        )
+        self._max_order = tuple(BlockRuns() for _ in range(MIGRATE_TYPES))
+        self._blocks: dict[int, int] = {}
+        """Order and list of each free block below ``MAX_ORDER`` (``PageBuddy``, ``buddy_order``)."""
+        self.nr_free_highatomic = 0
+        """Free pages on the lists of MIGRATE_HIGHATOMIC."""
 
-    def nr_free(self, order: int) -> int:
-        """Number of free blocks of ``order``."""
-        return len(self.max_order_blocks if order == MAX_ORDER else self._lists[order])
+    def nr_free(self, order: int, migratetype: int | None = None) -> int:
+        """Number of free blocks of ``order``, of one migrate type or of all."""
+        lists = self._max_order if order == MAX_ORDER else self._lists[order]
+        return len(lists[migratetype]) if migratetype is not None else sum(map(len, lists))
 
-    def blocks(self, order: int) -> Iterator[tuple[int, int]]:
+    def suitable(self, order: int, migratetypes: range = range(MIGRATE_PCPTYPES)) -> bool:
+        """True if a block of ``order`` or more is free on the list of one of the types."""
+        return any(self.nr_free(o, mt) for o in range(order, NR_PAGE_ORDERS) for mt in migratetypes)
+
+    def blocks(self, order: int, migratetype: int | None = None) -> Iterator[tuple[int, int]]:
         """``(start_pfn, end_pfn)`` of the free blocks of ``order``, head first; runs of them at ``MAX_ORDER``."""
+        for mt in range(MIGRATE_TYPES) if migratetype is None else (migratetype,):
+            if order == MAX_ORDER:
+                yield from self._max_order[mt].runs()
+            else:
+                yield from ((pfn, pfn + (1 << order)) for pfn in self._lists[order][mt])
+
+    def buddy_order(self, pfn: int) -> int | None:
+        """Order of the free block below ``MAX_ORDER`` that begins with this page, None if none does."""
+        found = self._blocks.get(pfn)
+        return None if found is None else found >> _TYPE_BITS
+
+    def add(self, pfn: int, order: int, migratetype: int, *, to_tail: bool) -> None:
+        """Put a block on a list (``__add_to_free_list``)."""
+        if migratetype == MIGRATE_HIGHATOMIC:
+            self.nr_free_highatomic += 1 << order
         if order == MAX_ORDER:
-            return self.max_order_blocks.runs()
-        return ((pfn, pfn + (1 << order)) for pfn in self._lists[order])
+            runs = self._max_order[migratetype]
+            runs.append_run(pfn, pfn + MAX_ORDER_NR_PAGES) if to_tail else runs.push(pfn)
+            return
+        pages = self._lists[order][migratetype]
+        pages[pfn] = None
+        if not to_tail:
+            pages.move_to_end(pfn, last=False)
+        self._blocks[pfn] = order << _TYPE_BITS | migratetype
 
-    def free_one_page(self, pfn: int, order: int, to_tail: bool) -> None:
-        """Free a block and join it with its buddy as often as possible (``__free_one_page``).
+    def append_run(self, start_pfn: int, end_pfn: int, migratetype: int) -> None:
+        """Put the blocks of order ``MAX_ORDER`` of a range at the tail of their list."""
+        self._max_order[migratetype].append_run(start_pfn, end_pfn)
 
-        Unless ``to_tail``, it goes to the head of its list, or to the tail if it is likely to be joined soon
-        (``buddy_merge_likely``): then it should not be handed out first.
-        """
-        while order < MAX_ORDER and (buddy := pfn ^ (1 << order)) in self._lists[order]:
-            del self._lists[order][buddy]
-            pfn &= buddy
-            order += 1
-        if order == MAX_ORDER and to_tail:
-            self.max_order_blocks.append_run(pfn, pfn + MAX_ORDER_NR_PAGES)
-        elif order == MAX_ORDER:
-            self.max_order_blocks.push(pfn)
-        else:
-            self._lists[order][pfn] = None
-            if not (to_tail or self._merge_likely(pfn, order)):
-                self._lists[order].move_to_end(pfn, last=False)
+    def remove(self, pfn: int) -> tuple[int, int]:
+        """Take the block below ``MAX_ORDER`` that begins with this page off its list; its order and migrate type."""
+        found = self._blocks.pop(pfn)
+        order, migratetype = found >> _TYPE_BITS, found & (1 << _TYPE_BITS) - 1
+        del self._lists[order][migratetype][pfn]
+        if migratetype == MIGRATE_HIGHATOMIC:
+            self.nr_free_highatomic -= 1 << order
+        return order, migratetype
 
-    def rmqueue_smallest(self, order: int) -> int | None:
+    def first(self, order: int, migratetype: int) -> int | None:
+        """The block at the head of a list (``get_page_from_free_area``)."""
+        if order == MAX_ORDER:
+            runs = self._max_order[migratetype]
+            return runs.first() if runs else None
+        return next(iter(self._lists[order][migratetype]), None)
+
+    def take(self, order: int, migratetype: int) -> int:
+        """Take the block at the head of a list that is not empty."""
+        if order == MAX_ORDER:
+            if migratetype == MIGRATE_HIGHATOMIC:
+                self.nr_free_highatomic -= MAX_ORDER_NR_PAGES
+            return self._max_order[migratetype].pop()
+        pfn = next(iter(self._lists[order][migratetype]))
+        self.remove(pfn)
+        return pfn
+
+    def expand(self, pfn: int, low: int, high: int, migratetype: int) -> None:
+        """Put all but the first 2^``low`` pages of a block of order ``high`` back, the upper halves at the heads."""
+        for order in reversed(range(low, high)):
+            self.add(pfn + (1 << order), order, migratetype, to_tail=False)
+
+    def rmqueue_smallest(self, order: int, migratetype: int) -> int | None:
         """Take a block of ``order`` from the head of the smallest list that has one, None if there is none.
 
-        The lower half of a larger block is used and the upper halves are put back, each to the head of its
-        list. Source: __rmqueue_smallest(), expand().
+        The lower half of a larger block is used. Source: __rmqueue_smallest().
         """
         for current in range(order, NR_PAGE_ORDERS):
-            if self.nr_free(current):
-                pfn = self._take(current)
-                for high in reversed(range(order, current)):
-                    upper = pfn + (1 << high)
-                    self._lists[high][upper] = None
-                    self._lists[high].move_to_end(upper, last=False)
+            if self.nr_free(current, migratetype):
+                pfn = self.take(current, migratetype)
+                self.expand(pfn, order, current, migratetype)
                 return pfn
         return None
 
-    def _take(self, order: int) -> int:
-        if order == MAX_ORDER:
-            return self.max_order_blocks.pop()
-        return self._lists[order].popitem(last=False)[0]
-
-    def _merge_likely(self, pfn: int, order: int) -> bool:
-        """True if the buddy of the block of twice the size is free, so that one more free joins all four parts."""
-        if order >= MAX_ORDER - 1:
-            return False
-        larger = pfn & ~(1 << order)
-        return larger ^ (1 << order + 1) in self._lists[order + 1]
+    def free_in_pageblock(self, start_pfn: int) -> Iterator[tuple[int, int]]:
+        """First page and order of each free block in a pageblock, ascending."""
+        pfn, end_pfn = start_pfn, start_pfn + PAGEBLOCK_NR_PAGES
+        while pfn < end_pfn:
+            order = self.buddy_order(pfn)
+            if order is not None:
+                yield pfn, order
+            pfn += 1 << (order or 0)

@@ -15,6 +15,7 @@ from kernel.build import KernelBuild
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import MAINLINE_MEMBLOCK, Memblock
+from kernel.mm_rules import V9_MM, MmRules
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from tdx.guest import PlatformAccept
@@ -43,6 +44,7 @@ class Kernel:
     hotplugged: list[Range] = field(default_factory=list)
     """Memory that was added after boot."""
     build: KernelBuild = field(default_factory=KernelBuild)
+    mm_rules: MmRules = V9_MM
     allocator: PageAllocator | None = None
 
     @classmethod

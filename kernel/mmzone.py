@@ -55,9 +55,12 @@ class Zone:
     present_pages: int
     managed_pages: int = 0
     watermark: Watermarks = field(default_factory=Watermarks)
+    watermark_boost: int = 0
     lowmem_reserve: tuple[int, ...] = (0,) * MAX_NR_ZONES
     nr_free_pages: int = 0
     nr_unaccepted: int = 0
+    nr_reserved_highatomic: int = 0
+    node: int = 0
     free_area: FreeArea = field(default_factory=FreeArea, repr=False)
     unaccepted_pages: BlockRuns = field(default_factory=BlockRuns, repr=False)
 
@@ -121,9 +124,11 @@ def setup_zone_wmarks(zones: Sequence[Zone], *, transparent_hugepage: bool) -> i
     lowmem_pages = sum(zone.managed_pages for zone in zones)
     min_free_kbytes = calculate_min_free_kbytes(lowmem_pages)
     setup_per_zone_wmarks(zones, min_free_kbytes)
-    reserves = lowmem_reserves([zone.managed_pages for zone in zones])
-    for zone, reserve in zip(zones, reserves, strict=False):
-        zone.lowmem_reserve = reserve
+    for node in {zone.node for zone in zones}:
+        own = {zone.zone_type: zone for zone in zones if zone.node == node}
+        reserves = lowmem_reserves([own[kind].managed_pages if kind in own else 0 for kind in ZoneType])
+        for zone in own.values():
+            zone.lowmem_reserve = reserves[zone.zone_type]
     if transparent_hugepage and lowmem_pages >= THP_MIN_PAGES:
         free_buffer_pages = sum(max(zone.managed_pages - zone.watermark.high, 0) for zone in zones)
         nr_zones = sum(zone.populated for zone in zones)

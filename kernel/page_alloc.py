@@ -1,61 +1,160 @@
-"""The page allocator with the list of unaccepted blocks (mm/page_alloc.c with v9 02/14 and 04/14).
+"""The page allocator (mm/page_alloc.c, with v9 02/14 and 04/14 or as in 6.12: ``kernel/mm_rules.py``).
 
-One migrate type, one CPU, no per-CPU lists, no reclaim. ``MAX_ORDER`` is inclusive, as in the tree the series is
-based on. Page frames are named by their number (pfn).
+``MAX_ORDER`` is inclusive, as in the tree the series is based on. Page frames are named by their number (pfn).
+There is no CMA, no compaction and no memory cgroup. What reclaim does is up to hooks (``kernel/reclaim.py``).
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guest.ranges import RangeSet
+from guest.trace import Event
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_PHYS, memparse, round_down, round_up
-from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES, NR_PAGE_ORDERS, page_blocks
-from kernel.mmzone import Zone, ZoneType
+from kernel import slowpath
+from kernel.buddy import ORDER_BITS, TYPE_BITS, ZoneBuddy
+from kernel.deferred import PAGES_PER_SECTION, DeferredPages
+from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES, page_blocks
+from kernel.gfp import (
+    ALLOC_HIGHATOMIC,
+    ALLOC_KSWAPD,
+    ALLOC_NO_WATERMARKS,
+    ALLOC_NOFRAGMENT,
+    ALLOC_WMARK_HIGH,
+    ALLOC_WMARK_MASK,
+    GFP_KERNEL,
+)
+from kernel.lazy_accept import LazyAccept
+from kernel.migratetype import MIGRATE_MOVABLE, MIGRATE_PCPTYPES, PAGEBLOCK_ORDER, Pageblocks
+from kernel.mm_rules import V9_MM, MmRules
+from kernel.mmzone import Zone, setup_zone_wmarks
+from kernel.per_cpu_pages import pcp_allowed_order
 from kernel.unaccepted_memory import UnacceptedMemory
+from kernel.zone_watermark import wmark_pages, zone_watermark_fast
+from kernel.zonelist import AllocContext, Distances, Zonelists
 
 MAX_ORDER_SIZE = PAGE_SIZE << MAX_ORDER
 _SPACES = " \t\n\v\f\r"
+_ORDER_MASK = (1 << ORDER_BITS) - 1
+_ZONE_SHIFT = ORDER_BITS + TYPE_BITS
 
 
-def watermark_unusable_free(zone: Zone, order: int) -> int:
-    """Free pages that a request of ``order`` cannot count on (v9: ``__zone_watermark_unusable_free``)."""
-    return (1 << order) - 1 + zone.nr_unaccepted
+class _Contexts(dict[int, "AllocContext | None"]):
+    """The contexts of one node's requests by GFP flags, each made when it is asked for the first time."""
 
+    def __init__(self, make: Callable[[int], AllocContext | None]) -> None:
+        self._make = make
 
-def zone_watermark_ok(zone: Zone, order: int, mark: int) -> bool:
-    """True if a block of ``order`` can be taken and more than ``mark`` usable pages stay free.
-
-    The request may use zone Normal, so lower zones keep their reserve. Source: __zone_watermark_ok().
-    """
-    free_pages = zone.nr_free_pages - watermark_unusable_free(zone, order)
-    if free_pages <= mark + zone.lowmem_reserve[ZoneType.ZONE_NORMAL]:
-        return False
-    return order == 0 or any(zone.free_area.nr_free(o) for o in range(order, NR_PAGE_ORDERS))
+    def __missing__(self, gfp: int) -> AllocContext | None:
+        self[gfp] = self._make(gfp)
+        return self[gfp]
 
 
 class PageAllocator:
-    """Buddy allocator over ``zones``.
+    """Buddy allocator over ``zones``, which may be of several nodes; spans of zones do not overlap.
 
     With ``lazy`` (``accept_memory=lazy``) whole blocks of unaccepted memory wait on ``zone.unaccepted_pages``
-    until they are needed; otherwise all memory is accepted when it is freed for the first time.
+    until they are needed; otherwise all memory is accepted when it is freed for the first time. ``record`` takes
+    trace events. One CPU is there from the beginning, number 0, on the first zone's node.
     """
 
-    def __init__(self, zones: Sequence[Zone], unaccepted: UnacceptedMemory, *, lazy: bool) -> None:
-        self.zones = tuple(zones)
-        self.build_all_zonelists()
-        self._unaccepted = unaccepted
-        self._lazy = lazy
-        self._managed = RangeSet()
+    def __init__(
+        self, zones: Sequence[Zone], unaccepted: UnacceptedMemory, *, lazy: bool, rules: MmRules = V9_MM,
+        record: Callable[[Event], None] = lambda event: None, distances: Distances | None = None,
+    ) -> None:  # fmt: skip
+        self.zones, self.rules, self.record = tuple(zones), rules, record
+        self.pageblocks = Pageblocks()
+        self._pageblock_types = self.pageblocks.others
         self._allocated: dict[int, int] = {}
+        self.buddies = tuple(
+            ZoneBuddy(zone, number, self.pageblocks, self._allocated, rules, record)
+            for number, zone in enumerate(zones)
+        )
+        self.accept = LazyAccept(unaccepted, rules, lazy=lazy)
+        self.deferred = DeferredPages(self._free_deferred)
+        self._managed = RangeSet()
+        self.sections = RangeSet()
+        """Sections of struct pages that there are, as page frames."""
+        self._distances = distances or {}
+        self._pagesets_ready = False
+        self.cpu_nodes: list[int] = []
+        """The node of each CPU that is online."""
+        self.hooks = slowpath.Hooks()
+        self.online_cpu(zones[0].node if zones else 0)
+
+    @property
+    def nr_sections(self) -> int:
+        """Number of sections of struct pages."""
+        return self.sections.total() // PAGES_PER_SECTION
+
+    def nr_in_use(self) -> int:
+        """Pages that are allocated."""
+        return sum(1 << (code & _ORDER_MASK) for code in self._allocated.values())
+
+    # CPUs and nodes.
+
+    def online_cpu(self, node: int = 0) -> int:
+        """One more CPU, on a node; returns its number (``page_alloc_cpu_online``)."""
+        self.cpu_nodes.append(node)
+        for buddy in self.buddies:
+            buddy.add_cpu()
+        self.build_all_zonelists()
+        if self._pagesets_ready:
+            self.setup_per_cpu_pageset()
+        return len(self.cpu_nodes) - 1
 
     def build_all_zonelists(self) -> None:
-        """Find out which zones have memory."""
-        self._zonelist = tuple(zone for zone in reversed(self.zones) if zone.populated)
+        """Find out which zones have memory, and the order in which each node's requests look at them."""
+        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
+        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
+        self.zonelists = Zonelists(self.buddies, set(self.cpu_nodes), self._distances)
+        self._contexts: dict[int, _Contexts] = {
+            node: _Contexts(lambda gfp, node=node: self.zonelists.context(gfp, node))  # type: ignore[misc]
+            for node in self.zonelists.nodes
+        }
+
+    def setup_per_cpu_pageset(self) -> None:
+        """Give the per-CPU lists their sizes; before that they hold nothing."""
+        self._pagesets_ready = True
+        for buddy in self.buddies:
+            zone = buddy.zone
+            cpus = self.cpu_nodes.count(zone.node) or len(self.cpu_nodes)
+            for pcp in buddy.pagesets:
+                pcp.update(zone.watermark.low + zone.watermark_boost, zone.managed_pages, cpus)
+
+    def init_per_zone_wmark_min(self, *, transparent_hugepage: bool) -> int:
+        """Watermarks, reserves and sizes of per-CPU lists, which are zero until now; returns vm.min_free_kbytes."""
+        kbytes = setup_zone_wmarks(self.zones, transparent_hugepage=transparent_hugepage)
+        for zone in self.zones:
+            zone.watermark_boost = 0
+        self.setup_per_cpu_pageset()
+        return kbytes
+
+    def drain_all_pages(self) -> None:
+        """Spill all per-CPU lists back into the free lists."""
+        for buddy in self._by_start:
+            for pcp in buddy.pagesets:
+                pcp.drain()
 
     # Memory from memblock.
+
+    def memblock_free_all(self, ranges: Iterable[tuple[int, int]], memory: Sequence[tuple[int, int]] = ()) -> None:
+        """Take over what memblock has free, ascending; deferred pages wait for :meth:`page_alloc_init_late`.
+
+        ``memory`` is all memory, from which each node's deferred pages follow; without it none are deferred.
+        """
+        self.deferred.prepare(self.zones, memory)
+        for start_pfn, end_pfn in memory:
+            self.sections.add(round_down(start_pfn, PAGES_PER_SECTION), round_up(end_pfn, PAGES_PER_SECTION))
+        for start_pfn, end_pfn in ranges:
+            for buddy, low_pfn, high_pfn in self._zone_slices(start_pfn, end_pfn):
+                self.free_pages_core(low_pfn, self.deferred.early(buddy.zone, low_pfn, high_pfn))
+
+    def page_alloc_init_late(self) -> Iterator[int]:
+        """Add all deferred pages; yields the number of each node that had some, when it is done."""
+        return self.deferred.init_late(self.zones)
 
     def free_pages_core(self, start_pfn: int, end_pfn: int) -> None:
         """Take the pages ``[start_pfn, end_pfn)`` over from memblock; they become managed and free.
@@ -64,85 +163,72 @@ class PageAllocator:
         accepted now, unless it is of ``MAX_ORDER`` and acceptance is lazy: then it goes to the tail of the
         zone's unaccepted list. Source: __free_pages_memory(), __free_pages_core().
         """
+        for buddy, low_pfn, high_pfn in self._new_slices(start_pfn, end_pfn):
+            first = min(round_up(low_pfn, MAX_ORDER_NR_PAGES), high_pfn)
+            last = max(round_down(high_pfn, MAX_ORDER_NR_PAGES), first)
+            self._free_small_blocks(buddy, low_pfn, first)
+            self._free_max_order_blocks(buddy, first, last)
+            self._free_small_blocks(buddy, last, high_pfn)
+
+    def _free_deferred(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
+        """The same for deferred pages: what is less than a ``MAX_ORDER`` block is accepted in one piece."""
+        for pieces in (
+            (start_pfn, min(round_up(start_pfn, MAX_ORDER_NR_PAGES), end_pfn)),
+            (max(round_down(end_pfn, MAX_ORDER_NR_PAGES), start_pfn), end_pfn),
+        ):
+            if pieces[0] < pieces[1]:
+                self.accept.unaccepted.accept_memory(*map(PFN_PHYS, pieces))
+        self.free_pages_core(start_pfn, end_pfn)
+
+    def _new_slices(self, start_pfn: int, end_pfn: int) -> list[tuple[ZoneBuddy, int, int]]:
+        """The slices of a range of zones, which become managed pages; refused as a whole if one cannot."""
         if self._managed.overlaps(start_pfn, end_pfn):
             raise ValueError(f"pages [{start_pfn:#x}, {end_pfn:#x}): some are managed already")
         slices = list(self._zone_slices(start_pfn, end_pfn))
         self._managed.add(start_pfn, end_pfn)
-        for zone, low_pfn, high_pfn in slices:
-            zone.managed_pages += high_pfn - low_pfn
-            first = min(round_up(low_pfn, MAX_ORDER_NR_PAGES), high_pfn)
-            last = max(round_down(high_pfn, MAX_ORDER_NR_PAGES), first)
-            self._free_small_blocks(zone, low_pfn, first)
-            self._free_max_order_blocks(zone, first, last)
-            self._free_small_blocks(zone, last, high_pfn)
+        for buddy, low_pfn, high_pfn in slices:
+            buddy.zone.managed_pages += high_pfn - low_pfn
+        return slices
 
-    def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[Zone, int, int]]:
+    def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
         while start_pfn < end_pfn:
-            zone = self._page_zone(start_pfn)
-            yield zone, start_pfn, min(end_pfn, zone.end_pfn)
-            start_pfn = zone.end_pfn
+            buddy = self.page_zone(start_pfn)
+            yield buddy, start_pfn, min(end_pfn, buddy.zone.end_pfn)
+            start_pfn = buddy.zone.end_pfn
 
-    def _page_zone(self, pfn: int) -> Zone:
-        for zone in self._zonelist:
-            if zone.zone_start_pfn <= pfn < zone.end_pfn:
-                return zone
-        raise ValueError(f"page {pfn:#x}: it is in no zone")
+    def page_zone(self, pfn: int) -> ZoneBuddy:
+        """The zone of a page; ``ValueError`` if it is in none."""
+        index = bisect_right(self._starts, pfn) - 1
+        if index < 0 or pfn >= self._by_start[index].zone.end_pfn:
+            raise ValueError(f"page {pfn:#x}: it is in no zone")
+        return self._by_start[index]
 
-    def _free_small_blocks(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
+    def _free_small_blocks(self, buddy: ZoneBuddy, start_pfn: int, end_pfn: int) -> None:
         """Free less than a ``MAX_ORDER`` block; what is unaccepted is accepted at once."""
+        unaccepted = self.accept.unaccepted
+        buddy.fresh += end_pfn - start_pfn
         for pfn, order in page_blocks(start_pfn, end_pfn):
             start, end = PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << order))
-            if self._unaccepted.range_contains_unaccepted_memory(start, end):
-                self._unaccepted.accept_memory(start, end)
-            self._free_one_page(zone, pfn, order, to_tail=True)
+            if unaccepted.range_contains_unaccepted_memory(start, end):
+                unaccepted.accept_memory(start, end)
+            buddy.free_to_lists(pfn, order, to_tail=True)
 
-    def _free_max_order_blocks(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
+    def _free_max_order_blocks(self, buddy: ZoneBuddy, start_pfn: int, end_pfn: int) -> None:
         """Free whole ``MAX_ORDER`` blocks, in runs of accepted and of unaccepted ones."""
-        runs = self._unaccepted.block_runs(PFN_PHYS(start_pfn), PFN_PHYS(end_pfn), MAX_ORDER_SIZE)
+        runs = self.accept.unaccepted.block_runs(PFN_PHYS(start_pfn), PFN_PHYS(end_pfn), MAX_ORDER_SIZE)
         for start, end, unaccepted in runs:
             low_pfn, high_pfn = PFN_DOWN(start), PFN_DOWN(end)
-            if unaccepted and not self._lazy:
-                self._accept_blocks(low_pfn, high_pfn)
-            zone.nr_free_pages += high_pfn - low_pfn
-            if unaccepted and self._lazy:
-                zone.nr_unaccepted += high_pfn - low_pfn
-                zone.unaccepted_pages.append_run(low_pfn, high_pfn)
-            else:
-                zone.free_area.max_order_blocks.append_run(low_pfn, high_pfn)
+            if unaccepted and self.accept.lazy:
+                self.accept.free_unaccepted(buddy, low_pfn, high_pfn)
+                continue
+            if unaccepted:
+                self.accept.accept_blocks(low_pfn, high_pfn)
+            buddy.zone.nr_free_pages += high_pfn - low_pfn
+            buddy.fresh += high_pfn - low_pfn
+            buddy.zone.free_area.append_run(low_pfn, high_pfn, MIGRATE_MOVABLE)
 
-    def _accept_blocks(self, start_pfn: int, end_pfn: int) -> None:
-        """Accept block by block, as the kernel does: each is a request of its own to the platform."""
-        for pfn in range(start_pfn, end_pfn, MAX_ORDER_NR_PAGES):
-            self._unaccepted.accept_memory(PFN_PHYS(pfn), PFN_PHYS(pfn + MAX_ORDER_NR_PAGES))
-
-    # Acceptance.
-
-    def try_to_accept_memory_one(self, zone: Zone) -> bool:
-        """Accept the block that has waited longest and free it to the tail of its list; False if there is none."""
-        if not zone.unaccepted_pages:
-            return False
-        pfn = zone.unaccepted_pages.pop()
-        zone.nr_free_pages -= MAX_ORDER_NR_PAGES
-        zone.nr_unaccepted -= MAX_ORDER_NR_PAGES
-        self._accept_blocks(pfn, pfn + MAX_ORDER_NR_PAGES)
-        self._free_one_page(zone, pfn, MAX_ORDER, to_tail=True)
-        return True
-
-    def try_to_accept_memory(self, zone: Zone, order: int) -> bool:
-        """Accept one block, and more until the usable free pages reach the high watermark.
-
-        True if at least one block was accepted.
-        """
-        usable = zone.nr_free_pages - watermark_unusable_free(zone, order)
-        to_accept = zone.watermark.high - usable
-        accepted = False
-        while self.try_to_accept_memory_one(zone):
-            accepted = True
-            to_accept -= MAX_ORDER_NR_PAGES
-            if to_accept <= 0:
-                break
-        return accepted
+    # Acceptance by hand.
 
     def accept_memory_sysfs(self, text: str) -> int:
         """A write to /sys/kernel/mm/page_alloc/accept_memory: ``all``, or a size rounded up to 4 MiB blocks.
@@ -155,8 +241,8 @@ class PageAllocator:
             to_accept, rest = memparse(text)
             if rest.lstrip(_SPACES) or not to_accept:
                 return -errno.EINVAL
-        for zone in self.zones:
-            while self.try_to_accept_memory_one(zone):
+        for buddy in self.buddies:
+            while self.accept.accept_one(buddy):
                 if to_accept <= MAX_ORDER_SIZE:
                     return len(text)
                 to_accept -= MAX_ORDER_SIZE
@@ -164,47 +250,169 @@ class PageAllocator:
 
     # Allocation.
 
-    def alloc_pages(self, order: int) -> int | None:
-        """Allocate a block of ``order``: its first pfn, or None where the kernel would have to reclaim.
+    def alloc_pages(self, gfp: int = GFP_KERNEL, order: int = 0, node: int = 0, cpu: int = 0) -> int | None:
+        """Allocate a block of ``order`` for a CPU, from a node if possible: its first pfn, None if there is none.
 
-        Zones are tried down to their low watermark, then once more down to the minimum.
-        Source: __alloc_pages(), __alloc_pages_slowpath().
+        A single page comes from the CPU's list where that is possible without a look at anything else: the list
+        has one, and the zone so many free pages that no watermark is near and nothing is to be accepted.
+        Source: __alloc_pages().
         """
+        if not order:
+            try:
+                ac = self._contexts[node][gfp]
+            except KeyError:
+                ac = self._context(gfp, node)
+            if ac is not None:
+                zone, pcp = ac.zone, ac.pagesets[cpu]
+                pages = pcp.lists[ac.migratetype]
+                plenty = zone.nr_free_pages - zone.nr_unaccepted - zone.nr_reserved_highatomic - zone.watermark_boost
+                if pages and 0 < zone.watermark.promo < plenty - zone.lowmem_reserve[ac.highest_zoneidx]:
+                    pcp.free_count >>= 1
+                    pcp.count -= 1
+                    pcp.fast_allocs += 1
+                    pfn = pages.popleft()
+                    self._allocated[pfn] = ac.code
+                    return pfn
+        return self._alloc_pages(gfp, order, node, cpu)
+
+    def _alloc_pages(self, gfp: int, order: int, node: int, cpu: int) -> int | None:
         if not 0 <= order <= MAX_ORDER:
             raise ValueError(f"order {order}: expected 0..{MAX_ORDER}")
-        pfn = self.get_page_from_freelist(order, "low")
-        return self.get_page_from_freelist(order, "min") if pfn is None else pfn
+        ac = self._context(gfp, node)
+        if ac is None:
+            return None
+        pfn = self.get_page_from_freelist(ac, order, cpu, ac.alloc_flags)
+        return slowpath.alloc_pages_slowpath(self, ac, order, cpu) if pfn is None else pfn
 
-    def get_page_from_freelist(self, order: int, wmark: Literal["min", "low"]) -> int | None:
-        """Take a block from the first zone that has one above its watermark: Normal, DMA32, DMA.
+    def _context(self, gfp: int, node: int) -> AllocContext | None:
+        if node not in self._contexts:
+            raise ValueError(f"node {node}: expected one of {', '.join(map(str, self._contexts))}")
+        return self._contexts[node][gfp]
 
-        Memory is accepted when the watermark fails, and when no block was found in spite of it.
+    def alloc_pages_bulk(self, gfp: int, nr_pages: int, node: int = 0, cpu: int = 0) -> list[int]:
+        """Allocate up to ``nr_pages`` single pages at once, one at least if there is one (``alloc_pages_bulk``).
+
+        They come from one zone of the node, which must keep its low watermark above all of them. v9 has no hook
+        here: without such a zone it is one page, and that accepts memory.
         """
-        for zone in self._zonelist:
-            mark = zone.watermark.low if wmark == "low" else zone.watermark.min
-            if not zone_watermark_ok(zone, order, mark) and not self.try_to_accept_memory(zone, order):
-                continue
-            pfn = self._rmqueue(zone, order)
-            while pfn is None and self.try_to_accept_memory(zone, order):
-                pfn = self._rmqueue(zone, order)
-            if pfn is not None:
-                return pfn
+        ac = self._context(gfp, node)
+        pages: list[int] = []
+        buddy = self._bulk_zone(ac, nr_pages) if ac is not None and nr_pages > 1 else None
+        if buddy is not None and ac is not None:
+            while len(pages) < nr_pages:
+                pfn = buddy.pagesets[cpu].rmqueue(0, ac.migratetype, ac.alloc_flags & ~ALLOC_NOFRAGMENT)
+                if pfn is None:
+                    break
+                pages.append(self._use(ac, buddy, pfn, 0, cpu))
+        if not pages and nr_pages > 0:
+            pfn = self.alloc_pages(gfp, 0, node, cpu)
+            pages += [] if pfn is None else [pfn]
+        return pages
+
+    def _bulk_zone(self, ac: AllocContext, nr_pages: int) -> ZoneBuddy | None:
+        """The first zone of the preferred node that has room for all of a bulk request."""
+        for buddy in ac.zonelist:
+            if buddy.zone.node != ac.zonelist[0].zone.node:
+                return None
+            if self.rules.accepts_first:
+                self.accept.accept_up(buddy, 0)
+            while True:
+                mark = wmark_pages(buddy.zone, ac.alloc_flags & ALLOC_WMARK_MASK) + nr_pages
+                highest = ac.zonelist[0].zone.zone_type
+                if zone_watermark_fast(buddy.zone, self.rules, 0, mark, highest, ac.alloc_flags):
+                    return buddy
+                accepted = self.rules.accepts_first and self.accept.accept_up(buddy, 0)
+                if not accepted and not self.deferred.grow(buddy.zone, 0):
+                    break
         return None
 
-    def free_pages(self, pfn: int, order: int) -> None:
-        """Free a block that :meth:`alloc_pages` gave out; anything else is a ``ValueError``."""
-        if self._allocated.get(pfn) != order:
-            raise ValueError(f"free of page {pfn:#x}, order {order}: it is not allocated so")
-        del self._allocated[pfn]
-        self._free_one_page(self._page_zone(pfn), pfn, order, to_tail=False)
+    def get_page_from_freelist(self, ac: AllocContext, order: int, cpu: int, alloc_flags: int) -> int | None:
+        """Take a block from the first zone of the list that has one above its watermark.
 
-    def _rmqueue(self, zone: Zone, order: int) -> int | None:
-        pfn = zone.free_area.rmqueue_smallest(order)
-        if pfn is not None:
-            zone.nr_free_pages -= 1 << order
-            self._allocated[pfn] = order
+        With ALLOC_NOFRAGMENT all zones of the preferred node are asked without mixing pageblocks before any mixes.
+        """
+        preferred = ac.zonelist[0].zone.node
+        while True:
+            for buddy in ac.zonelist:
+                if alloc_flags & ALLOC_NOFRAGMENT and buddy.zone.node != preferred:
+                    break
+                pfn = self._from_zone(ac, buddy, order, cpu, alloc_flags)
+                if pfn is not None:
+                    return pfn
+            if not alloc_flags & ALLOC_NOFRAGMENT:
+                return None
+            alloc_flags &= ~ALLOC_NOFRAGMENT
+
+    def _from_zone(self, ac: AllocContext, buddy: ZoneBuddy, order: int, cpu: int, alloc_flags: int) -> int | None:
+        """Take a block from a zone; memory is accepted, or deferred pages added, where that helps."""
+        if self.rules.accepts_first:
+            self.accept.accept_up(buddy, order)
+        allowed = self._watermarks_allow(ac, buddy, order, alloc_flags) or self._more_pages(buddy, order)
+        if not allowed and not alloc_flags & ALLOC_NO_WATERMARKS:
+            return None
+        while True:
+            pfn = self._rmqueue(ac, buddy, order, cpu, alloc_flags)
+            if pfn is not None or not self._more_pages(buddy, order):
+                return pfn
+
+    def _more_pages(self, buddy: ZoneBuddy, order: int) -> bool:
+        return self.accept.accept_up(buddy, order) or self.deferred.grow(buddy.zone, order)
+
+    def _watermarks_allow(self, ac: AllocContext, buddy: ZoneBuddy, order: int, alloc_flags: int) -> bool:
+        zone, highest = buddy.zone, ac.highest_zoneidx
+        if self.rules.tunes_pcp and not buddy.below_high:
+            mark = wmark_pages(zone, ALLOC_WMARK_HIGH)
+            if zone_watermark_fast(zone, self.rules, order, mark, highest, alloc_flags):
+                return True
+            buddy.below_high = True
+        mark = wmark_pages(zone, alloc_flags & ALLOC_WMARK_MASK)
+        return zone_watermark_fast(zone, self.rules, order, mark, highest, alloc_flags)
+
+    def _rmqueue(self, ac: AllocContext, buddy: ZoneBuddy, order: int, cpu: int, alloc_flags: int) -> int | None:
+        """Take a block from the CPU's list or from the free lists (``rmqueue``)."""
+        pfn = None
+        if pcp_allowed_order(order):
+            pfn = buddy.pagesets[cpu].rmqueue(order, ac.migratetype, alloc_flags)
+        if pfn is None:
+            pfn = buddy.rmqueue_buddy(order, ac.migratetype, alloc_flags)
+        if alloc_flags & ALLOC_KSWAPD and buddy.boosted:
+            buddy.boosted = False
+            self.hooks.wakeup_kswapd(buddy, 0)
+        if pfn is None:
+            return None
+        self._use(ac, buddy, pfn, order, cpu)
+        if alloc_flags & ALLOC_HIGHATOMIC:
+            buddy.reserve_highatomic_pageblock(pfn, order)
         return pfn
 
-    def _free_one_page(self, zone: Zone, pfn: int, order: int, *, to_tail: bool) -> None:
-        zone.nr_free_pages += 1 << order
-        zone.free_area.free_one_page(pfn, order, to_tail)
+    def _use(self, ac: AllocContext, buddy: ZoneBuddy, pfn: int, order: int, cpu: int) -> int:
+        """Note a block as in use, and count it (``zone_statistics``)."""
+        self._allocated[pfn] = buddy.code | ac.migratetype << ORDER_BITS | order
+        buddy.pgalloc += 1 << order
+        preferred = ac.zonelist[0]
+        if buddy.zone.node == preferred.zone.node:
+            buddy.numa_hit += 1
+        else:
+            buddy.numa_miss += 1
+            preferred.numa_foreign += 1
+        if buddy.zone.node == self.cpu_nodes[cpu]:
+            buddy.numa_local += 1
+        else:
+            buddy.numa_other += 1
+        return pfn
+
+    def free_pages(self, pfn: int, order: int, cpu: int = 0) -> None:
+        """Free a block that :meth:`alloc_pages` gave out to the list of a CPU; anything else is a ``ValueError``."""
+        code = self._allocated.pop(pfn, _ORDER_MASK)
+        if code & _ORDER_MASK != order:
+            if code != _ORDER_MASK:
+                self._allocated[pfn] = code
+            raise ValueError(f"free of page {pfn:#x}, order {order}: it is not allocated so")
+        buddy = self.buddies[code >> _ZONE_SHIFT]
+        if not order or pcp_allowed_order(order):
+            migratetype = self._pageblock_types.get(pfn >> PAGEBLOCK_ORDER, MIGRATE_MOVABLE)
+            if migratetype >= MIGRATE_PCPTYPES:
+                migratetype = MIGRATE_MOVABLE
+            buddy.pagesets[cpu].free(pfn, migratetype, order)
+        else:
+            buddy.free_to_lists(pfn, order)

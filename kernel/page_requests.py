@@ -1,30 +1,13 @@
 """How stage runtime asks the page allocator: by order, GFP flags and CPU.
 
-The allocator of now has one list for all CPUs, and every request is GFP_KERNEL to it: flags and CPU stop here.
+Flags are names here, as a script has them.
 """
 
 from __future__ import annotations
 
 from kernel.cpus import Cpu
+from kernel.gfp import GFP_NAMES
 from kernel.page_alloc import PageAllocator
-
-GFP_NAMES = frozenset(
-    {
-        "GFP_ATOMIC",
-        "GFP_KERNEL",
-        "GFP_NOWAIT",
-        "GFP_NOIO",
-        "GFP_NOFS",
-        "GFP_USER",
-        "GFP_DMA",
-        "GFP_DMA32",
-        "GFP_HIGHUSER",
-        "GFP_HIGHUSER_MOVABLE",
-        "GFP_TRANSHUGE_LIGHT",
-        "GFP_TRANSHUGE",
-    }
-)
-"""The combinations that callers use (include/linux/gfp_types.h)."""
 
 
 class PageRequests:
@@ -35,8 +18,8 @@ class PageRequests:
 
     def alloc(self, order: int, gfp: str, cpu: Cpu) -> int | None:
         """A block of ``order`` for ``cpu``: its first pfn; None if there is none."""
-        return self._allocator.alloc_pages(order)
+        return self._allocator.alloc_pages(GFP_NAMES[gfp], order, cpu=cpu.number)
 
     def free(self, pfn: int, order: int, cpu: Cpu) -> None:
-        """Give a block back."""
-        self._allocator.free_pages(pfn, order)
+        """Give a block back to the list of ``cpu``."""
+        self._allocator.free_pages(pfn, order, cpu.number)

@@ -14,9 +14,10 @@ from kernel.acpi import nr_cpus
 from kernel.cpus import Cpu, Cpus
 from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation
 from kernel.files import ACCEPT_MEMORY, FILES, cpu_list, is_file, is_writable, read_file, write_file
+from kernel.gfp import GFP_NAMES
 from kernel.kernel import Kernel
 from kernel.memory_hotplug import add_memory
-from kernel.page_requests import GFP_NAMES, PageRequests
+from kernel.page_requests import PageRequests
 from kernel.readers import block_ranges, load_unaligned_zeropad, read_devmem, read_kcore, read_vmcore
 from kernel.running import RunningKernel
 from kernel.script import HELP, Command, ScriptSyntax
@@ -62,7 +63,7 @@ class Shell:
             raise ValueError("runtime before mm-init")
         cpus = _bring_up_cpus(kernel, seed)
         self.running = RunningKernel(
-            kernel, allocator, cpus, Sysctl(allocator.zones, cpus), PageRequests(allocator),
+            kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
             tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
         self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -201,6 +202,8 @@ def _bring_up_cpus(kernel: Kernel, seed: int) -> Cpus:
         f"watchdog: BUG: soft lockup - CPU#{cpu.number} stuck for {seconds}s!"
     )
     maxcpus = parse_integer(kernel.early.values.get("maxcpus") or "")
+    for _ in cpus.all[1:]:
+        kernel.allocator.online_cpu()
     for cpu in cpus.all[max(maxcpus, 1) if maxcpus is not None else count :]:
         cpu.online = False
     if count > 1:

@@ -109,7 +109,11 @@ class ScriptSyntax:
     def _alloc(self, words: list[str]) -> Command | None:
         """``ORDER [COUNT]``, then options by name."""
         fields = _options(_positional(words), {"order": "order", "x": "count", "gfp": "text", "as": "name"})
-        if fields is None or "order" not in fields or fields.setdefault("text", "GFP_KERNEL") not in self._gfp_names:
+        if (
+            fields is None
+            or "order" not in fields
+            or fields.setdefault("text", "GFP_HIGHUSER_MOVABLE") not in self._gfp_names
+        ):
             return None
         return _checked(Command("alloc", **fields))
 

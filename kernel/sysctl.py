@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Sequence
 
 from kernel.cpus import Cpus
-from kernel.mmzone import THP_MIN_PAGES, Zone, setup_per_zone_wmarks, setup_zone_wmarks
+from kernel.mmzone import THP_MIN_PAGES, setup_per_zone_wmarks
+from kernel.page_alloc import PageAllocator
 from kernel.watermark import WATERMARK_SCALE_FACTOR
 
 _INT_MAX = (1 << 31) - 1
@@ -33,8 +33,8 @@ def parse_integer(text: str) -> int | None:
 class Sysctl:
     """The values, and what a write to one does. A write returns its number of characters or -EINVAL."""
 
-    def __init__(self, zones: Sequence[Zone], cpus: Cpus) -> None:
-        self._zones, self._cpus = zones, cpus
+    def __init__(self, allocator: PageAllocator, cpus: Cpus) -> None:
+        self._allocator, self._zones, self._cpus = allocator, allocator.zones, cpus
         self.min_free_kbytes = 0
         self.watermark_scale_factor = WATERMARK_SCALE_FACTOR
         self._user_min_free_kbytes = -1
@@ -46,7 +46,7 @@ class Sysctl:
         The first initcalls do this, and it is done again when memory is added. khugepaged's part is included.
         """
         managed = sum(zone.managed_pages for zone in self._zones)
-        computed = setup_zone_wmarks(self._zones, transparent_hugepage=managed >= THP_MIN_PAGES)
+        computed = self._allocator.init_per_zone_wmark_min(transparent_hugepage=managed >= THP_MIN_PAGES)
         self.min_free_kbytes = max(computed, self._user_min_free_kbytes)
         if self.min_free_kbytes != computed or self.watermark_scale_factor != WATERMARK_SCALE_FACTOR:
             self._setup_per_zone_wmarks()
@@ -83,3 +83,4 @@ class Sysctl:
 
     def _setup_per_zone_wmarks(self) -> None:
         setup_per_zone_wmarks(self._zones, self.min_free_kbytes, self.watermark_scale_factor)
+        self._allocator.setup_per_cpu_pageset()

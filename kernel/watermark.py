@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from guest.units import PAGE_SHIFT
+from kernel.migratetype import MIGRATE_PCPTYPES, PAGEBLOCK_NR_PAGES
 
 MIN_FREE_KBYTES_MIN = 128
 MIN_FREE_KBYTES_MAX = 262_144
@@ -14,8 +15,6 @@ WATERMARK_SCALE_FACTOR = 10
 """Distance of watermarks in ten-thousandths of the zone's managed pages (vm.watermark_scale_factor)."""
 LOWMEM_RESERVE_RATIO = (256, 256, 32, 0, 0)
 """vm.lowmem_reserve_ratio, by zone type."""
-MIGRATE_PCPTYPES = 3
-PAGEBLOCK_NR_PAGES = 512
 KBYTES_SHIFT = PAGE_SHIFT - 10
 
 

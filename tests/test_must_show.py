@@ -85,7 +85,7 @@ def touch_all_free_memory(boot: Boot) -> None:
     assert boot.kernel is not None
     assert boot.kernel.allocator is not None
     for order in (8, 4, 0):
-        while (pfn := boot.kernel.allocator.alloc_pages(order)) is not None:
+        while (pfn := boot.kernel.allocator.alloc_pages(order=order)) is not None:
             boot.machine.memory.clear(pfn << 12, pfn + (1 << order) << 12)
 
 

@@ -35,6 +35,7 @@ from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_S
 from kernel.build import KernelBuild
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
+from kernel.mm_rules import MM_RULES
 from kernel.runtime import Shell, default_script
 from kernel.script import Command
 from kernel.setup_arch import setup_arch
@@ -234,6 +235,8 @@ def _decompress(boot: Boot) -> None:
 def _setup_arch(boot: Boot) -> None:
     config = boot.config
     boot.kernel = setup_arch(boot.machine, replace(config.build, mainline=config.protocol.unpacks_in_stub))
+    if boot.config.protocol is not V9:
+        boot.kernel.mm_rules = MM_RULES[boot.config.protocol.name]
 
 
 def _mm_init(boot: Boot) -> None:

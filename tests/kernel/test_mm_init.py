@@ -125,11 +125,14 @@ def test_log_of_a_4g_guest(new_boot, log):
         "  node   0: [mem 0x000000007f7fe000-0x000000007fef3fff]",
         "  node   0: [mem 0x0000000100000000-0x000000017fffffff]",
         "Initmem setup node 0 [mem 0x0000000000001000-0x000000017fffffff]",
+        "Fallback order for Node 0: 0 ",
+        "Built 1 zonelists, mobility grouping on.  Total pages: 1030635",
         "Dentry cache hash table entries: 524288 (order: 10, 4194304 bytes, linear)",
         "Inode-cache hash table entries: 262144 (order: 9, 2097152 bytes, linear)",
         "software IO TLB: SWIOTLB bounce buffer size roundup to 256MB",
         "software IO TLB: mapped [mem 0x000000006d8f9000-0x000000007d8f9000] (256MB)",
-        "Memory: 3812308K/4188632K available (376324K reserved, 0K cma-reserved)",
+        "Memory: 1918368K/4188632K available (376324K reserved, 0K cma-reserved)",
+        "node 0 deferred pages initialised in 0ms",
     ]
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_PHYS, PMD_SIZE, SZ_1M
 from kernel.free_area import MAX_ORDER, MAX_ORDER_NR_PAGES
+from kernel.gfp import GFP_HIGHUSER_MOVABLE
 from kernel.memblock_type import MemblockRegion
+from kernel.mm_rules import MAINLINE_MM, V9_MM
 from kernel.mmzone import Zone, ZoneType, free_area_init, setup_zone_wmarks
-from kernel.page_alloc import PageAllocator, zone_watermark_ok
+from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.watermark import Watermarks
+from kernel.zone_watermark import zone_watermark_ok
 
 UNIT_PAGES = PMD_SIZE // PAGE_SIZE
 END_PFN = PFN_DOWN(64 * SZ_1M)
@@ -22,7 +26,7 @@ END_PFN = PFN_DOWN(64 * SZ_1M)
 class Guest:
     """Zones DMA and DMA32 of 64 MiB, a page allocator, and the ranges that the platform accepted."""
 
-    def __init__(self, new_bitmap, unaccepted, *, lazy=True, end_pfn=END_PFN):
+    def __init__(self, new_bitmap, unaccepted, *, lazy=True, end_pfn=END_PFN, rules=V9_MM):
         self.bitmap = new_bitmap()
         for first, last in unaccepted:
             self.bitmap.set(first, last)
@@ -30,7 +34,8 @@ class Guest:
         self.unaccepted = UnacceptedMemory(self.bitmap, lambda start, end: self.accepted.append((start, end)))
         memory = [MemblockRegion(PAGE_SIZE, PFN_PHYS(end_pfn) - PAGE_SIZE, 0)]
         self.zones = free_area_init(memory, end_pfn)
-        self.allocator = PageAllocator(self.zones, self.unaccepted, lazy=lazy)
+        self.allocator = PageAllocator(self.zones, self.unaccepted, lazy=lazy, rules=rules)
+        self.alloc = partial(self.allocator.alloc_pages, GFP_HIGHUSER_MOVABLE)
 
 
 def free_lists(zone):
@@ -105,10 +110,10 @@ class SlowZone:
 
 
 class SlowAllocator:
-    """What v9's text says, block by block and bit by bit."""
+    """What v9's text and 6.12's rules say, block by block and bit by bit."""
 
-    def __init__(self, zones, bits, lazy):
-        self.real = zones
+    def __init__(self, zones, bits, lazy, rules):
+        self.real, self.mainline = zones, rules is MAINLINE_MM
         self.zones = [SlowZone(zone) for zone in zones]
         self.bits, self.lazy, self.requests = bits, lazy, []
 
@@ -148,20 +153,24 @@ class SlowAllocator:
         return False
 
     def try_accept(self, zone, real, order):
-        to_accept = real.watermark.high - (zone.free() - ((1 << order) - 1 + 1024 * len(zone.unaccepted)))
-        done = False
-        while self.accept_one(zone):
+        unaccepted = 1024 * len(zone.unaccepted)
+        usable = zone.free() - ((1 << order) - 1) - unaccepted
+        target = real.watermark.promo if self.mainline else real.watermark.high
+        if self.mainline and target == 0:
+            return self.accept_one(zone)
+        to_accept, done = target - usable, False
+        while (to_accept > 0 or not (self.mainline or done)) and self.accept_one(zone):
             done = True
             to_accept -= 1024
-            if to_accept <= 0:
-                break
         return done
 
     def alloc(self, order):
-        for name in ("low", "min"):
+        for name in ("low", "min", "high"):
             for zone, real in reversed(list(zip(self.zones, self.real, strict=True))):
-                usable = zone.free() - ((1 << order) - 1) - 1024 * len(zone.unaccepted)
-                enough = usable > getattr(real.watermark, name) + real.lowmem_reserve[2]
+                if self.mainline:
+                    self.try_accept(zone, real, order)
+                usable = zone.free() - ((1 << order) - 1) - (0 if self.mainline else 1024 * len(zone.unaccepted))
+                enough = usable > getattr(real.watermark, name) + real.lowmem_reserve[3]
                 enough = enough and (order == 0 or any(zone.lists[order:]))
                 if not enough and not self.try_accept(zone, real, order):
                     continue
@@ -185,14 +194,18 @@ def random_memory(rng):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
+@pytest.mark.parametrize("rules", [V9_MM, MAINLINE_MM], ids=lambda rules: rules.name)
 @pytest.mark.parametrize("seed", range(6))
-def test_random_operations_against_the_model(new_bitmap, seed):
-    """Same blocks, same lists in the same order, same requests to the platform; the invariants hold throughout."""
+def test_random_operations_against_the_model(new_bitmap, seed, rules):
+    """Same blocks, same lists in the same order, same requests to the platform; the invariants hold throughout.
+
+    Movable pages only, before the per-CPU lists are set up.
+    """
     rng = random.Random(seed)
     lazy = seed % 3 != 2
     bits = [(first, first + rng.randrange(1, 9)) for first in rng.sample(range(32), 5)]
-    guest = Guest(new_bitmap, bits, lazy=lazy)
-    model = SlowAllocator(guest.zones, {unit for first, last in bits for unit in range(first, last)}, lazy)
+    guest = Guest(new_bitmap, bits, lazy=lazy, rules=rules)
+    model = SlowAllocator(guest.zones, {unit for first, last in bits for unit in range(first, last)}, lazy, rules)
     for start, end in random_memory(rng):
         guest.allocator.free_pages_core(start, end)
         model.free_core(start, end)
@@ -210,7 +223,7 @@ def test_random_operations_against_the_model(new_bitmap, seed):
             model.sysfs(5 * SZ_1M)
         else:
             order = min(int(rng.expovariate(0.35)), MAX_ORDER)
-            pfn = guest.allocator.alloc_pages(order)
+            pfn = guest.alloc(order)
             assert pfn == model.alloc(order)
             if pfn is not None:
                 allocated[pfn] = order
@@ -263,10 +276,10 @@ def test_before_watermarks_accept_only_when_nothing_is_left(new_bitmap):
     guest = Guest(new_bitmap, [(10, 33)])
     guest.allocator.free_pages_core(4096, 4098)
     guest.allocator.free_pages_core(6144, END_PFN)
-    assert guest.allocator.alloc_pages(0) == 4096
-    assert guest.allocator.alloc_pages(0) == 4097
+    assert guest.alloc(0) == 4096
+    assert guest.alloc(0) == 4097
     assert guest.accepted == []
-    assert guest.allocator.alloc_pages(0) == 6144
+    assert guest.alloc(0) == 6144
     assert guest.accepted == [(24 * SZ_1M, 30 * SZ_1M)]
 
 
@@ -276,20 +289,21 @@ def test_acceptance_reaches_the_high_watermark(new_bitmap):
     guest.allocator.free_pages_core(4096, END_PFN)
     dma32 = guest.zones[1]
     dma32.watermark = Watermarks(1000, 2000, 3000, 4000)
-    assert guest.allocator.alloc_pages(0) == 4096
+    assert guest.alloc(0) == 4096
     assert guest.accepted == [(16 * SZ_1M, 22 * SZ_1M), (22 * SZ_1M, 26 * SZ_1M), (26 * SZ_1M, 30 * SZ_1M)]
     assert dma32.nr_free_pages - dma32.nr_unaccepted == 3 * 1024 - 1
     assert list(dma32.unaccepted_pages.runs()) == [(4096 + 3 * 1024, END_PFN)]
 
 
 def test_unaccepted_pages_are_not_usable():
-    """A zone full of unaccepted memory fails its watermark check."""
+    """A zone full of unaccepted memory fails v9's watermark check, not mainline's."""
     zone = Zone(ZoneType.ZONE_NORMAL, 1 << 20, 4096, 4096, nr_free_pages=4096, nr_unaccepted=4096)
-    assert not zone_watermark_ok(zone, 0, 0)
+    assert not zone_watermark_ok(zone, V9_MM, 0, 0, ZoneType.ZONE_NORMAL)
+    assert zone_watermark_ok(zone, MAINLINE_MM, 0, 4095, ZoneType.ZONE_NORMAL)
     zone.nr_unaccepted = 3072
-    assert zone_watermark_ok(zone, 0, 1023)
-    assert not zone_watermark_ok(zone, 0, 1024)
-    assert not zone_watermark_ok(zone, 1, 0)  # no free block of order 1 is on a list
+    assert zone_watermark_ok(zone, V9_MM, 0, 1023, ZoneType.ZONE_NORMAL)
+    assert not zone_watermark_ok(zone, V9_MM, 0, 1024, ZoneType.ZONE_NORMAL)
+    assert not zone_watermark_ok(zone, V9_MM, 1, 0, ZoneType.ZONE_NORMAL)  # no free block of order 1 is on a list
 
 
 def test_lower_zone_keeps_its_reserve(new_bitmap):
@@ -297,18 +311,18 @@ def test_lower_zone_keeps_its_reserve(new_bitmap):
     guest = Guest(new_bitmap, [])
     guest.allocator.free_pages_core(1024, 4096)
     guest.zones[0].lowmem_reserve = (0, 3070, 3070, 3070, 3070)
-    assert guest.allocator.alloc_pages(0) is not None
-    assert guest.allocator.alloc_pages(0) is not None
-    assert guest.allocator.alloc_pages(0) is None
+    assert guest.alloc(0) is not None
+    assert guest.alloc(0) is not None
+    assert guest.alloc(0) is None
 
 
 def test_highest_zone_is_used_first(new_bitmap):
     """DMA32 is emptied before DMA is touched."""
     guest = Guest(new_bitmap, [])
     guest.allocator.free_pages_core(3072, 5120)
-    assert guest.allocator.alloc_pages(MAX_ORDER) == 4096
-    assert guest.allocator.alloc_pages(MAX_ORDER) == 3072
-    assert guest.allocator.alloc_pages(0) is None
+    assert guest.alloc(MAX_ORDER) == 4096
+    assert guest.alloc(MAX_ORDER) == 3072
+    assert guest.alloc(0) is None
 
 
 @pytest.mark.parametrize(
@@ -337,14 +351,14 @@ def test_wrong_use_is_refused_and_changes_nothing(new_bitmap):
     """Pages outside zones, pages given twice, wrong frees and wrong orders are ValueErrors without effect."""
     guest = Guest(new_bitmap, [])
     guest.allocator.free_pages_core(4096, 5120)
-    pfn = guest.allocator.alloc_pages(3)
+    pfn = guest.alloc(3)
     refused = [
         lambda: guest.allocator.free_pages_core(5000, 6000),
         lambda: guest.allocator.free_pages_core(END_PFN - 1, END_PFN + 1),
         lambda: guest.allocator.free_pages(pfn, 2),
         lambda: guest.allocator.free_pages(pfn + 1, 0),
-        lambda: guest.allocator.alloc_pages(11),
-        lambda: guest.allocator.alloc_pages(-1),
+        lambda: guest.alloc(11),
+        lambda: guest.alloc(-1),
     ]
     for step in refused:
         with pytest.raises(ValueError):
