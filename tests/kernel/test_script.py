@@ -18,18 +18,18 @@ CPU1 = "/sys/devices/system/cpu/cpu1/online"
 GIB = 1 << 30
 
 LINES = {
-    "alloc 9 96": Command("alloc", text="GFP_KERNEL", order=9, count=96),
-    "  alloc 0 # one": Command("alloc", text="GFP_KERNEL", order=0),
+    "alloc 9 96": Command("alloc", text="GFP_HIGHUSER_MOVABLE", order=9, count=96),
+    "  alloc 0 # one": Command("alloc", text="GFP_HIGHUSER_MOVABLE", order=0),
     "alloc order 9 x 3 gfp GFP_ATOMIC as big": Command("alloc", text="GFP_ATOMIC", order=9, count=3, name="big"),
-    "alloc as a x 2 order 1": Command("alloc", text="GFP_KERNEL", order=1, count=2, name="a"),
-    "alloc 2 as a_b-1": Command("alloc", text="GFP_KERNEL", order=2, name="a_b-1"),
+    "alloc as a x 2 order 1": Command("alloc", text="GFP_HIGHUSER_MOVABLE", order=1, count=2, name="a"),
+    "alloc 2 as a_b-1": Command("alloc", text="GFP_HIGHUSER_MOVABLE", order=2, name="a_b-1"),
     "free 9\t2": Command("free", order=9, count=2),
     "free order 9 x 2": Command("free", order=9, count=2),
     "free big": Command("free", name="big", count=MAX_COUNT),
     "free big x 3": Command("free", name="big", count=3),
-    "on cpu 2 alloc 0": Command("alloc", text="GFP_KERNEL", cpus=(2,)),
+    "on cpu 2 alloc 0": Command("alloc", text="GFP_HIGHUSER_MOVABLE", cpus=(2,)),
     "on cpus 0-2,7 alloc order 9 x 64 as a": Command(
-        "alloc", text="GFP_KERNEL", order=9, count=64, name="a", cpus=(0, 1, 2, 7)
+        "alloc", text="GFP_HIGHUSER_MOVABLE", order=9, count=64, name="a", cpus=(0, 1, 2, 7)
     ),
     "on cpus 3 free a": Command("free", name="a", count=MAX_COUNT, cpus=(3,)),
     "sleep 10ms": Command("sleep", ns=10_000_000),
