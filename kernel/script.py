@@ -15,7 +15,7 @@ HELP = """\
 A script has one command a line; # starts a comment.
 
 alloc ORDER [COUNT]          allocate COUNT blocks (default 1) of 2^ORDER pages, and write to them
-  alloc order N x COUNT gfp FLAGS as NAME    the same in words; FLAGS as GFP_KERNEL
+  alloc order N x COUNT gfp FLAGS as NAME    the same in words; FLAGS as GFP_KERNEL (default GFP_HIGHUSER_MOVABLE)
 free ORDER [COUNT]           free the blocks of that order without a name, the last ones first
 free NAME [x COUNT]          free the blocks of that name, all without COUNT
 on cpu[s] LIST alloc ...     each CPU of LIST (0-3,7) does it, all at the same time
@@ -35,6 +35,8 @@ Files to write: WRITABLE
 """
 
 MAX_COUNT = 1 << 20
+DEFAULT_GFP = "GFP_HIGHUSER_MOVABLE"
+"""What a page fault of user space asks with."""
 MAX_CPUS = 4096
 _MAX_SLEEP_NS = 10**15
 _NUMBER = re.compile(r"[0-9]{1,7}")
@@ -109,13 +111,10 @@ class ScriptSyntax:
     def _alloc(self, words: list[str]) -> Command | None:
         """``ORDER [COUNT]``, then options by name."""
         fields = _options(_positional(words), {"order": "order", "x": "count", "gfp": "text", "as": "name"})
-        if (
-            fields is None
-            or "order" not in fields
-            or fields.setdefault("text", "GFP_HIGHUSER_MOVABLE") not in self._gfp_names
-        ):
+        if fields is None or "order" not in fields:
             return None
-        return _checked(Command("alloc", **fields))
+        fields = {"text": DEFAULT_GFP} | fields
+        return _checked(Command("alloc", **fields)) if fields["text"] in self._gfp_names else None
 
     def _on(self, words: list[str]) -> Command | None:
         if len(words) < 3 or words[0] not in ("cpu", "cpus") or words[2] not in ("alloc", "free"):

@@ -75,9 +75,9 @@ def test_accept_memory_is_v9s(files):
     _, v9 = files(script, protocol=V9)
     boot, mainline = files(script, protocol=MAINLINE)
     assert (v9[:2], mainline[:2]) == ([EACCES, 4], [ENOENT, ENOENT])
-    assert v9[2].splitlines()[-1] == "Node 0 Unaccepted:            0 kB"
+    assert "Node 0 Unaccepted:            0 kB\n" in v9[2]
     pages = boot.shell.running.nr_unaccepted()
-    assert mainline[2].splitlines()[-1] == f"Node 0 Unaccepted:     {pages * 4:8} kB"
+    assert f"Node 0 Unaccepted:     {pages * 4:8} kB\n" in mainline[2]
     assert pages > 0
 
 
@@ -87,7 +87,7 @@ def test_node_meminfo_agrees_with_meminfo(files):
     numbers = {line.split()[0]: int(line.split()[1]) for line in whole.splitlines()}
     of_node = {line.split()[2]: int(line.split()[3]) for line in node.splitlines()}
     assert of_node.pop("MemUsed:") == numbers["MemTotal:"] - numbers["MemFree:"]
-    assert of_node == {name: numbers[name] for name in ("MemTotal:", "MemFree:", "Unaccepted:")}
+    assert all(of_node[name] == numbers[name] for name in ("MemTotal:", "MemFree:", "Unaccepted:"))
 
 
 def test_cpus(files):

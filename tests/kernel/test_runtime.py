@@ -49,11 +49,11 @@ def test_default_script_of_mainline(ran):
 def test_named_blocks(ran):
     """A free by name gives back the blocks of that name, all or the last ones; other blocks stay."""
     _, events = ran(
-        "alloc order 3 x 4 as a\nalloc 3 2\ncat /proc/vmstat\nfree a x 1\ncat /proc/vmstat\n"
-        "free a\ncat /proc/vmstat\nfree a\nfree nobody\nfree 3 2\ncat /proc/vmstat\n"
+        "alloc order 5 x 4 as a\nalloc 5 2\ncat /proc/vmstat\nfree a x 1\ncat /proc/vmstat\n"
+        "free a\ncat /proc/vmstat\nfree a\nfree nobody\nfree 5 2\ncat /proc/vmstat\n"
     )
     free = [int(event.text.split()[1]) for event in events if isinstance(event, FileRead)]
-    assert [pages - free[0] for pages in free] == [0, 8, 32, 48]
+    assert [pages - free[0] for pages in free] == [0, 32, 128, 192]
 
 
 def test_sleep(ran):

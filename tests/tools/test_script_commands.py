@@ -111,7 +111,7 @@ def test_zeropad_guard(command, file, knob, status, protocol):
     script = file(
         "script",
         "echo 128 > /proc/sys/vm/min_free_kbytes\necho 1 > /proc/sys/vm/watermark_scale_factor\n"
-        "alloc order 10 x 20 as a\nread zeropad a\n",
+        + "alloc order 0 x 64\nalloc order 10 as a\nread zeropad a\n" * 40,
     )
     answer = command("boot", "--script", script, "--knob", knob, "--protocol", protocol)
     assert answer.status == status
