@@ -17,6 +17,7 @@ from kernel.files import ACCEPT_MEMORY, FILES, cpu_list, is_file, is_writable, r
 from kernel.gfp import GFP_NAMES
 from kernel.kernel import Kernel
 from kernel.memory_hotplug import add_memory
+from kernel.page_alloc import PageAllocator
 from kernel.page_requests import PageRequests
 from kernel.readers import block_ranges, load_unaligned_zeropad, read_devmem, read_kcore, read_vmcore
 from kernel.running import RunningKernel
@@ -61,7 +62,7 @@ class Shell:
         allocator = kernel.allocator
         if allocator is None:
             raise ValueError("runtime before mm-init")
-        cpus = _bring_up_cpus(kernel, seed)
+        cpus = _bring_up_cpus(kernel, allocator, seed)
         self.running = RunningKernel(
             kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
             tdx_guest_detected(kernel.machine), plug,
@@ -193,7 +194,7 @@ def _name(command: Command) -> str:
     return command.name or str(command.order)
 
 
-def _bring_up_cpus(kernel: Kernel, seed: int) -> Cpus:
+def _bring_up_cpus(kernel: Kernel, allocator: PageAllocator, seed: int) -> Cpus:
     """The CPUs that the MADT names, online up to ``maxcpus=``; with more than one, accepting needs care."""
     machine = kernel.machine
     count = nr_cpus(machine.memory, kernel.acpi_rsdp)
@@ -203,7 +204,7 @@ def _bring_up_cpus(kernel: Kernel, seed: int) -> Cpus:
     )
     maxcpus = parse_integer(kernel.early.values.get("maxcpus") or "")
     for _ in cpus.all[1:]:
-        kernel.allocator.online_cpu()
+        allocator.online_cpu()
     for cpu in cpus.all[max(maxcpus, 1) if maxcpus is not None else count :]:
         cpu.online = False
     if count > 1:
