@@ -47,7 +47,8 @@ def accept_resources(
     todo, left = divide(resources, policy)
     if cpus > 1:
         todo = _accept_stacks(machine, todo, cpus)
-    machine.print(_headline(policy))
+    if todo or left:
+        machine.print(_headline(policy))
     for start, end in todo:
         machine.print(f"MpAccept : {start:#x} - {end:#x} ({end - start:#x})")
         accept_range(machine, start, end, cpus)

@@ -1,6 +1,6 @@
-"""The ACPI tables of a minimal machine: one processor with a local APIC, one serial port, and no ACPI hardware.
+"""The ACPI tables of a minimal machine: processors with a local APIC, one serial port, and no ACPI hardware.
 
-A machine with NUMA nodes has SRAT and SLIT too; its processor is in the lowest node.
+A machine with NUMA nodes has SRAT and SLIT too.
 
 The serial port has no interrupt, as nothing but the local APIC gives interrupts: the kernel then serves it by timer.
 WAET is what QEMU writes for Windows, and asks for nothing.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import cycle
 
 from firmware.acpi_table import HEADER_SIZE, checksum, table
 from firmware.arena import Arena
@@ -21,9 +22,9 @@ from guest.units import SZ_4G
 
 _RSDP_V1_SIZE = 20
 _WAET_RTC_GOOD_TIMER_GOOD = 3
-_APIC_ID = 0
 _LOCAL_APIC_ADDRESS = 0xFEE0_0000
-_MADT_LOCAL_APIC, _MADT_ENABLED = 0, 1
+_MADT_LOCAL_APIC, _MADT_LOCAL_X2APIC, _MADT_ENABLED = 0, 9, 1
+_FIRST_X2APIC = 255
 _FADT_SIZE, _FADT_DSDT, _FADT_BOOT_ARCH, _FADT_FLAGS, _FADT_X_DSDT = 276, 40, 109, 112, 140
 _BOOT_ARCH_LEGACY_DEVICES, _BOOT_ARCH_NO_VGA = 1 << 0, 1 << 2
 _WBINVD, _NO_POWER_BUTTON, _NO_SLEEP_BUTTON, _HW_REDUCED_ACPI = 1 << 0, 1 << 4, 1 << 5, 1 << 20
@@ -31,18 +32,24 @@ _COM1_PORT, _COM1_PORTS = 0x3F8, 8
 _EISAID_PNP0501 = 0x0105_D041
 
 
-def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = ()) -> int:
-    """Write the tables into ACPI reclaim memory, SRAT and SLIT too if there are nodes; returns the RSDP's address."""
+def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = (), cpus: int = 1) -> int:
+    """Write the tables of a machine with ``cpus`` processors into ACPI reclaim memory; returns the RSDP's address.
+
+    If there are nodes, SRAT and SLIT are among them, and the processors belong to the nodes by turns.
+    """
     kind = EfiMemoryType.EfiACPIReclaimMemory
     dsdt = arena.put(kind, table(b"DSDT", _serial_port(), revision=2))
     bodies = {
         b"FACP": (_fadt(dsdt), 6),
-        b"APIC": (_madt(), 5),
+        b"APIC": (_madt(cpus), 5),
         b"WAET": (struct.pack("<I", _WAET_RTC_GOOD_TIMER_GOOD), 1),
     }
     if nodes:
         bodies |= {
-            b"SRAT": (srat(nodes, [(_APIC_ID, min(r.node for r in nodes))]), REVISION),
+            b"SRAT": (
+                srat(nodes, list(zip(range(cpus), cycle(sorted({r.node for r in nodes})), strict=False))),
+                REVISION,
+            ),
             b"SLIT": (slit(nodes), SLIT_REVISION),
         }
     tables = [arena.put(kind, table(signature, *body)) for signature, body in bodies.items()]
@@ -51,10 +58,15 @@ def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = ()) -> int:
     return arena.put(kind, checksum(checksum(rsdp, 8, _RSDP_V1_SIZE), 32, len(rsdp)))
 
 
-def _madt() -> bytes:
-    """Processor 0; without PCAT_COMPAT in the flags, as there is no 8259."""
-    processor = struct.pack("<BBBBI", _MADT_LOCAL_APIC, 8, 0, _APIC_ID, _MADT_ENABLED)
-    return struct.pack("<II", _LOCAL_APIC_ADDRESS, 0) + processor
+def _madt(cpus: int) -> bytes:
+    """The processors, from number 255 on as x2APICs; without PCAT_COMPAT in the flags, as there is no 8259."""
+    return struct.pack("<II", _LOCAL_APIC_ADDRESS, 0) + b"".join(map(_processor, range(cpus)))
+
+
+def _processor(number: int) -> bytes:
+    if number < _FIRST_X2APIC:
+        return struct.pack("<BBBBI", _MADT_LOCAL_APIC, 8, number, number, _MADT_ENABLED)
+    return struct.pack("<BBHIII", _MADT_LOCAL_X2APIC, 16, 0, number, _MADT_ENABLED, number)
 
 
 def _fadt(dsdt: int) -> bytes:

@@ -62,6 +62,20 @@ def launch_td(
     return resources
 
 
+def launch_guest(host: Host, tdvf: Tdvf, regs: Registers) -> None:
+    """Start a guest that is no TD: all its RAM is there, and the HOB list says so."""
+    (hob,) = tdvf.of_type(SectionType.TD_HOB)
+    if not host.ram.covers(hob.address, hob.end):
+        raise FormatError(
+            "the firmware's place for HOBs", at=hob.address, found="no RAM there",
+            expected="RAM", source="QEMU hw/i386/tdvf-hob.c",
+        )  # fmt: skip
+    for part in host.ram:
+        host.sept.page_add(part.start, part.end)
+    host.physical.write(hob.address, build_hob_list(hob.address, [Resource(SYSTEM, *part) for part in host.ram]))
+    regs.rcx = regs.r8 = hob.address
+
+
 def _resources(host: Host, added: list[TdvfSection], private: Iterable[Range]) -> list[Resource]:
     """RAM by address: what the host adds is system memory, one entry each, the rest is unaccepted."""
     owners: RangeMap[object] = RangeMap(None)

@@ -42,6 +42,7 @@ class FwCfg:
     """The machine has PCIe configuration space in memory: q35, not pc. A real firmware asks the host bridge."""
     nodes: tuple[NodeRange, ...] = ()
     """NUMA nodes, for the ACPI tables; none is no NUMA."""
+    cpus: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def firmware(
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
-    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes))
+    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus))
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
@@ -94,8 +94,9 @@ def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool
     """The map after acceptance; what is unaccepted or no RAM is listed behind everything else, by address.
 
     Above 4 GiB only what the firmware accepted itself is in use; what the host says to have added there is left out.
+    Where nothing is unaccepted, this is no TD, and all memory is in use.
     """
-    own = [r for r in resources if r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED]
+    own = [r for r in resources if r.type == ResourceType.EFI_RESOURCE_MEMORY_UNACCEPTED] or resources
     kind = EfiMemoryType.EfiUnacceptedMemoryType
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
     behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)

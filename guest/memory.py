@@ -155,6 +155,12 @@ class GuestMemory:
         self.writes.append((self._trace.count, start, end))
         self._physical.clear(start, end)
 
+    def touch(self, start: int, end: int) -> None:
+        """Read ``[start, end)`` page by page without a look at the bytes. Raises ``MemoryFault``."""
+        while start < end:
+            self._admit(start, min(PAGE_SIZE, end - start), "read")
+            start = max(self._high, start + PAGE_SIZE)
+
     def read_uint(self, gpa: int, size: int) -> int:
         """The unsigned little-endian integer of ``size`` bytes at ``gpa``."""
         return int.from_bytes(self.read(gpa, size), "little")

@@ -263,7 +263,9 @@ def _reserve_unaccepted(kernel: Kernel, table: int) -> None:
     _keep(kernel, table, EFI_UNACCEPTED_MEMORY.sizeof() + size)
     accept = PlatformAccept(kernel.machine, tdx_accept_memory)
     described = size * BITS_PER_BYTE * unit_size
-    kernel.unaccepted = UnacceptedMemory(found.bitmap, accept, found.phys_base, described, unit_size)
+    kernel.unaccepted = UnacceptedMemory(
+        found.bitmap, accept, found.phys_base, described, unit_size, guard=kernel.build.zeropad_guard
+    )
 
 
 def _efi_remove_e820_mmio(kernel: Kernel) -> None:

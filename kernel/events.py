@@ -29,6 +29,46 @@ class FileWrite(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryRead(Event):
+    """A reader went through ``ranges`` ranges: bytes that it touched, and bytes that it gave zeros for."""
+
+    reader: str
+    ranges: int
+    touched: int
+    zeros: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult(Event):
+    """What the kernel answered to a command: 0 or a negative errno, and why if it says so."""
+
+    command: str
+    result: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAdded(Event):
+    """The host added RAM and the kernel took it over; ``accepted`` if its driver accepted it before."""
+
+    start: int
+    end: int
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelAllocation(Event):
+    """``cpus`` allocated side by side: blocks in all, as of :class:`Allocation`, and how long that took."""
+
+    cpus: str
+    order: int
+    count: int
+    wanted: int
+    accepted_pages: int
+    ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Allocation(Event):
     """``count`` allocations of 2^order pages succeeded out of ``wanted``; ``accepted_pages`` became accepted."""
 

@@ -13,6 +13,7 @@ from guest.ranges import Range
 from guest.records import RecordCopy
 from guest.units import PAGE_SHIFT, PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_2M, round_down
 from kernel.acpi_tables import AcpiTable
+from kernel.build import DEFAULT_BUILD, KernelBuild
 from kernel.e820 import E820Table
 from kernel.early_param import EarlyParams, parse_early_param
 from kernel.memblock import Memblock
@@ -20,7 +21,7 @@ from kernel.memblock_type import NUMA_NO_NODE
 from kernel.mm_rules import MmRules
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
-from kernel.version import V6_3, KernelVersion
+from kernel.version import V6_3, V6_12, KernelVersion
 from tdx.guest import PlatformAccept, tdx_guest_detected
 
 COMMAND_LINE_SIZE = 2048
@@ -72,13 +73,20 @@ class Kernel:
     acpi_rsdp: int = 0
     """What boot_params or EFI say of where the RSDP is; 0 if nothing."""
     acpi: list[AcpiTable] = field(default_factory=list)
+    possible_cpus: int = 1
+    """Processors, by ACPI's MADT."""
     node_data: dict[int, int] = field(default_factory=dict)
     """Address of each node's pg_data_t."""
     swiotlb_size: int = 0
+    hotplugged: list[Range] = field(default_factory=list)
+    """Memory that was added after boot."""
+    build: KernelBuild = field(default_factory=KernelBuild)
     allocator: PageAllocator | None = None
 
     @classmethod
-    def enter(cls, machine: Machine, version: KernelVersion = V6_3, image_size: int = 0) -> Kernel:
+    def enter(
+        cls, machine: Machine, version: KernelVersion = V6_3, image_size: int = 0, build: KernelBuild = DEFAULT_BUILD
+    ) -> Kernel:
         """x86_64_start_kernel(): RSI = boot_params, RIP in the image; copy what the loader left.
 
         ``image_size`` is the size from ``_text`` to ``__bss_stop``, if that is known. Else the image is taken to end
@@ -91,7 +99,9 @@ class Kernel:
         command_line = _command_line(machine, params["ext_cmd_line_ptr"] << 32 | params["hdr.cmd_line_ptr"])
         text = round_down(regs.rip, SZ_2M)
         bitmap = params["unaccepted_memory"]
-        unaccepted = UnacceptedMemory(GuestBitmap(memory, bitmap) if bitmap else None, PlatformAccept(machine))
+        unaccepted = UnacceptedMemory(
+            GuestBitmap(memory, bitmap) if bitmap else None, PlatformAccept(machine), guard=build.zeropad_guard
+        )
 
         def accept_memory(start: int, end: int) -> None:
             kernel.unaccepted.accept_memory(start, end)  # mainline finds its bitmap only later
@@ -107,6 +117,7 @@ class Kernel:
             version=version,
             memory_kaslr=bool(params["hdr.loadflags"] & _KASLR_FLAG),
             acpi_rsdp=params["acpi_rsdp_addr"],
+            build=build,
         )
         kernel._find_features()
         if image_size:
@@ -147,6 +158,11 @@ class Kernel:
     def max_arch_pfn(self) -> int:
         """First page frame that the page tables cannot reach (MAX_ARCH_PFN)."""
         return 1 << (MAX_PHYSMEM_BITS_LA57 if self.la57 else MAX_PHYSMEM_BITS) - PAGE_SHIFT
+
+    @property
+    def mainline(self) -> bool:
+        """True if this is a kernel of 6.12; one that found the table of unaccepted memory is."""
+        return self.version is V6_12
 
     @property
     def ramdisk(self) -> Range:

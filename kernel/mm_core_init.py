@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from guest.ranges import Range
 from guest.units import DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, PFN_DOWN, PFN_UP
 from kernel.events import STRUCT_PAGE_SIZE
+from kernel.fake_unaccepted import page_unaccepted_memory
 from kernel.kernel import Kernel
 from kernel.mmzone import MAX_DMA_PFN, Zone, mem_pfn_ranges
 from kernel.page_alloc import PageAllocator
@@ -21,7 +22,11 @@ _JIFFY_NS = 4_000_000
 def new_page_allocator(kernel: Kernel, zones: Sequence[Zone]) -> PageAllocator:
     """The kernel's page allocator, still without memory."""
     kernel.allocator = PageAllocator(
-        zones, kernel.unaccepted, lazy=kernel.early.lazy_accept, rules=kernel.mm_rules, record=kernel.machine.trace.add
+        zones,
+        page_unaccepted_memory(kernel),
+        lazy=kernel.early.lazy_accept,
+        rules=kernel.mm_rules,
+        record=kernel.machine.trace.add,
     )
     return kernel.allocator
 

@@ -50,6 +50,7 @@ _FIXMAP_TABLES = 3
 def mm_init(kernel: Kernel) -> None:
     """From memblock to free lists: after this, pages are allocated by the page allocator only."""
     srat, madt = _srat(kernel), _madt(kernel)
+    kernel.possible_cpus = madt.possible_cpus
     initmem_init(kernel, srat, _slit_localities(kernel))
     reserve_crashkernel(kernel)
     sparse_init(kernel)

@@ -92,7 +92,10 @@ class PageAllocator:
         return len(self.cpu_nodes) - 1
 
     def build_all_zonelists(self) -> None:
-        """Find the order in which each node's requests look at zones; again after one changed its span."""
+        """Find which zones have memory, and the order in which each node's requests look at them.
+
+        Again after a zone changed its span.
+        """
         self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
         self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
         self.zonelists = Zonelists(self.buddies, set(self.cpu_nodes), self._distances)

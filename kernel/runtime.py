@@ -1,137 +1,220 @@
-"""Stage ``runtime``: allocations, sysfs writes and reads of /proc, as a script says.
-
-A script has one command a line; ``#`` starts a comment:
-
-    alloc ORDER [COUNT]      allocate COUNT blocks of 2^ORDER pages and touch them
-    free ORDER [COUNT]       free the blocks of that order that were allocated last
-    cat PATH                 /proc/meminfo, vmstat, zoneinfo, buddyinfo or pagetypeinfo;
-                             /sys/devices/system/node/nodeN/meminfo
-    echo TEXT > PATH         /sys/kernel/mm/page_alloc/accept_memory
-"""
+"""Stage ``runtime``: what runs once the kernel is up, as a script says. Its language is in ``kernel.script``."""
 
 from __future__ import annotations
 
-import re
+import errno
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from guest.errors import FormatError
-from guest.machine import Machine
+from guest.trace import Event
 from guest.units import PFN_PHYS
-from kernel import proc
-from kernel.events import Allocation, FileRead, FileWrite
-from kernel.free_area import MAX_ORDER
-from kernel.gfp import GFP_HIGHUSER_MOVABLE
+from kernel.accept_exclusion import BitmapSpinlock, NoExclusion, RangesInFlight
+from kernel.cpus import Cpu, Cpus
+from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation
+from kernel.files import ACCEPT_MEMORY, FILES, cpu_list, is_file, is_writable, read_file, write_file
+from kernel.gfp import GFP_NAMES
 from kernel.kernel import Kernel
-from kernel.mmzone import THP_MIN_PAGES
+from kernel.memory_hotplug import add_memory
 from kernel.page_alloc import PageAllocator
+from kernel.page_requests import PageRequests
+from kernel.readers import block_ranges, load_unaligned_zeropad, read_devmem, read_kcore, read_vmcore
+from kernel.running import RunningKernel
+from kernel.script import HELP, Command, ScriptSyntax
+from kernel.sysctl import Sysctl, parse_integer
+from kernel.unaccepted_memory import Exclusion
+from tdx.guest import tdx_guest_detected
 
-ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
-MAX_COUNT = 1 << 20
-_NUMBER = re.compile(r"[0-9]{1,7}")
+_LOOK = "cat /proc/meminfo\ncat /proc/vmstat\ncat /proc/buddyinfo\n"
+_ALLOCATE = "cat /proc/meminfo\nalloc 9 96\nalloc 0 256\n"
+_KEXEC_DISABLED = "Disable kexec: not yet supported on systems with unaccepted memory"
 
-DEFAULT_SCRIPT = f"""\
-cat /proc/meminfo
-alloc 9 96
-alloc 0 256
-echo 64M > {ACCEPT_MEMORY}
-cat /proc/meminfo
-cat /proc/buddyinfo
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One line of a script: its verb and operands, checked."""
-
-    verb: str
-    path: str = ""
-    text: str = ""
-    order: int = 0
-    count: int = 1
+SYNTAX = ScriptSyntax(is_file, is_writable, GFP_NAMES)
 
 
 def parse_script(text: str, name: str = "script") -> list[Command]:
     """The commands of a script. A line that is none is a ``FormatError`` that names it."""
-    commands = []
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        command = _parse_line(words)
-        if command is None:
-            raise FormatError(
-                f"{name}, line {number}", found=repr(line.strip()),
-                expected="alloc, free, cat or echo with their operands", source="kernel/runtime.py",
-            )  # fmt: skip
-        commands.append(command)
-    return commands
+    return SYNTAX.parse(text, name)
 
 
-def runtime(kernel: Kernel, script: list[Command]) -> None:
-    """Set the watermarks, as the first initcalls do, then run the script."""
-    allocator = kernel.allocator
-    if allocator is None:
-        raise ValueError("runtime before mm-init")
-    managed = sum(zone.managed_pages for zone in allocator.zones)
-    allocator.init_per_zone_wmark_min(transparent_hugepage=managed >= THP_MIN_PAGES)
-    shell = _Shell(kernel.machine, allocator)
-    for command in script:
-        shell.verbs[command.verb](command)
+def default_script(mainline: bool) -> list[Command]:
+    """What runs without a script; v9 has a file for accepting memory by hand."""
+    accept = "" if mainline else f"echo 64M > {ACCEPT_MEMORY}\n"
+    return parse_script(_ALLOCATE + accept + _LOOK)
 
 
-class _Shell:
-    """What a script's commands do."""
+def script_help() -> str:
+    """The commands of a script, and the files that they can name."""
+    cpu_online = "/sys/devices/system/cpu/cpuN/online"
+    files = [[*FILES, cpu_online], [*(path for path in FILES if is_writable(path)), cpu_online]]
+    lists = ["\n".join(["", *(f"  {path}" for path in paths)]) for paths in files]
+    return HELP.replace(" FILES", lists[0]).replace(" WRITABLE", lists[1])
 
-    def __init__(self, machine: Machine, allocator: PageAllocator) -> None:
-        self._machine, self._allocator = machine, allocator
-        self._blocks: defaultdict[int, list[int]] = defaultdict(list)
-        self.verbs: dict[str, Callable[[Command], None]] = {
+
+class Shell:
+    """Runs commands on a kernel after mm-init; making one runs the first initcalls.
+
+    ``plug(start, end)`` makes the host add RAM; ``seed`` decides the order of CPUs that work side by side.
+    """
+
+    def __init__(self, kernel: Kernel, plug: Callable[[int, int], None], seed: int = 0) -> None:
+        allocator = kernel.allocator
+        if allocator is None:
+            raise ValueError("runtime before mm-init")
+        cpus = _bring_up_cpus(kernel, allocator, seed)
+        self.running = RunningKernel(
+            kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
+            tdx_guest_detected(kernel.machine), plug,
+        )  # fmt: skip
+        self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        """Allocated blocks by name, without one by order: first page and order of each."""
+        self._verbs: dict[str, Callable[[Command], None]] = {
             "alloc": self._alloc,
             "free": self._free,
             "cat": self._cat,
             "echo": self._echo,
+            "sleep": lambda command: kernel.machine.clock.advance(command.ns),
+            "read": self._read,
+            "hotadd": self._hotadd,
+            "kexec": self._kexec,
         }
 
+    @property
+    def cpus(self) -> Cpus:
+        """The guest's CPUs, and what each waited for."""
+        return self.running.cpus
+
+    def run(self, commands: Iterable[Command]) -> None:
+        """Run them in order. What ends the guest is raised."""
+        for command in commands:
+            self.cpus.idle()
+            self._verbs[command.verb](command)
+
+    # Allocations.
+
     def _alloc(self, command: Command) -> None:
-        unaccepted = self._nr_unaccepted()
-        done = 0
-        while (
-            done < command.count
-            and (pfn := self._allocator.alloc_pages(GFP_HIGHUSER_MOVABLE, command.order)) is not None
-        ):
-            self._blocks[command.order].append(pfn)
-            self._machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << command.order)))
-            done += 1
-        accepted = unaccepted - self._nr_unaccepted()
-        self._machine.trace.add(Allocation(command.order, done, command.count, accepted))
+        unaccepted, start = self.running.nr_unaccepted(), self.running.machine.clock.ns
+        done: list[tuple[int, int]] = []
+
+        def allocate(cpu: Cpu) -> None:
+            for _ in range(command.count):
+                self.cpus.cond_resched()
+                pfn = self.running.requests.alloc(command.order, command.text, cpu)
+                if pfn is None:
+                    break
+                done.append((pfn, command.order))
+                self.running.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + (1 << command.order)))
+            self.cpus.touch_softlockup_watchdog()
+
+        cpus = self._on(command, allocate)
+        self.blocks[_name(command)] += done
+        accepted = unaccepted - self.running.nr_unaccepted()
+        if not command.cpus:
+            self._add(Allocation(command.order, len(done), command.count, accepted))
+            return
+        wanted, ns = command.count * len(cpus), self.running.machine.clock.ns - start
+        self._add(ParallelAllocation(cpu_list(cpus).strip(), command.order, len(done), wanted, accepted, ns))
 
     def _free(self, command: Command) -> None:
-        blocks = self._blocks[command.order]
-        for _ in range(min(command.count, len(blocks))):
-            self._allocator.free_pages(blocks.pop(), command.order)
+        blocks = self.blocks[_name(command)]
+
+        def free(cpu: Cpu) -> None:
+            for _ in range(min(command.count, len(blocks))):
+                self.cpus.cond_resched()
+                if blocks:
+                    self.running.requests.free(*blocks.pop(), cpu)
+
+        self._on(command, free)
+
+    def _on(self, command: Command, job: Callable[[Cpu], None]) -> Sequence[Cpu]:
+        """Run a job on the CPUs of a command side by side; without any, on the boot CPU. Returns the CPUs."""
+        if not command.cpus:
+            job(self.cpus.all[0])
+            return self.cpus.all[:1]
+        online = {cpu.number: cpu for cpu in self.cpus.online}
+        missing = [number for number in command.cpus if number not in online]
+        if missing:
+            raise FormatError(
+                f"on cpu {missing[0]}", found="no such CPU online",
+                expected=f"some of {cpu_list(self.cpus.online).strip()}", source="boot --script help",
+            )  # fmt: skip
+        cpus = [online[number] for number in command.cpus]
+        self.cpus.run((cpu, job) for cpu in cpus)
+        return cpus
+
+    # Files.
 
     def _cat(self, command: Command) -> None:
-        text = proc.read_file(self._allocator, command.path)
-        self._machine.trace.add(FileRead(command.path, text))
+        text = read_file(self.running, command.path)
+        if isinstance(text, int):
+            self._add(CommandResult(f"cat {command.path}", text))
+        else:
+            self._add(FileRead(command.path, text))
 
     def _echo(self, command: Command) -> None:
-        result = self._allocator.accept_memory_sysfs(command.text + "\n")
-        self._machine.trace.add(FileWrite(command.path, command.text, result))
+        result = write_file(self.running, command.path, command.text + "\n")
+        self._add(FileWrite(command.path, command.text, result))
 
-    def _nr_unaccepted(self) -> int:
-        return sum(zone.nr_unaccepted for zone in self._allocator.zones)
+    # The rest.
+
+    def _read(self, command: Command) -> None:
+        start, end = command.start, command.start + command.size
+        read: MemoryRead | int
+        if command.text == "zeropad":
+            blocks = self.blocks[command.name]
+            read = load_unaligned_zeropad(self.running, (r for pfn, o in blocks for r in block_ranges([pfn], o)))
+        else:
+            reader = {"kcore": read_kcore, "vmcore": read_vmcore, "devmem": read_devmem}[command.text]
+            read = reader(self.running, start, end)
+        self._add(CommandResult(f"read {command.text}", read) if isinstance(read, int) else read)
+
+    def _hotadd(self, command: Command) -> None:
+        result = add_memory(self.running, command.start, command.size, bool(command.text))
+        if result < 0:
+            self._add(CommandResult(f"hotadd {command.start:#x} {command.size:#x}", result))
+
+    def _kexec(self, command: Command) -> None:
+        """v9 disables kexec at boot if there is a bitmap (v6's change): kexec_load() then is -EPERM.
+
+        Mainline hands its table on, and refuses nothing; what loading then does is not modelled.
+        """
+        kernel = self.running.kernel
+        if not kernel.mainline and kernel.params["unaccepted_memory"]:
+            self._add(CommandResult("kexec -l", -errno.EPERM, _KEXEC_DISABLED))
+        else:
+            self._add(CommandResult("kexec -l", 0, "not refused"))
+
+    def _add(self, event: Event) -> None:
+        self.running.machine.trace.add(event)
 
 
-def _parse_line(words: list[str]) -> Command | None:
-    """The command of a line's words, or None."""
-    verb, *operands = words
-    if verb in ("alloc", "free") and 1 <= len(operands) <= 2 and all(map(_NUMBER.fullmatch, operands)):
-        order, count = int(operands[0]), int(operands[1]) if len(operands) == 2 else 1
-        return Command(verb, order=order, count=count) if order <= MAX_ORDER and count <= MAX_COUNT else None
-    if verb == "cat" and len(operands) == 1 and proc.is_file(operands[0]):
-        return Command(verb, path=operands[0])
-    if verb == "echo" and operands[-2:] == [">", ACCEPT_MEMORY]:
-        return Command(verb, path=ACCEPT_MEMORY, text=" ".join(operands[:-2]))
-    return None
+def _name(command: Command) -> str:
+    """The name of a command's blocks; those without one go by their order."""
+    return command.name or str(command.order)
+
+
+def _bring_up_cpus(kernel: Kernel, allocator: PageAllocator, seed: int) -> Cpus:
+    """The CPUs that the MADT names, online up to ``maxcpus=``; with more than one, accepting needs care."""
+    machine = kernel.machine
+    count = kernel.possible_cpus
+    cpus = Cpus(count, machine.clock, seed, machine.panic)
+    cpus.on_soft_lockup = lambda cpu, seconds: machine.print(
+        f"watchdog: BUG: soft lockup - CPU#{cpu.number} stuck for {seconds}s!"
+    )
+    maxcpus = parse_integer(kernel.early.values.get("maxcpus") or "")
+    for _ in cpus.all[1:]:
+        allocator.online_cpu()
+    for cpu in cpus.all[max(maxcpus, 1) if maxcpus is not None else count :]:
+        cpu.online = False
+    if count > 1:
+        kernel.unaccepted.exclusion = _exclusion(kernel, cpus)
+    return cpus
+
+
+def _exclusion(kernel: Kernel, cpus: Cpus) -> Exclusion:
+    """How this kernel's CPUs keep out of each other's way."""
+    if not kernel.build.accept_exclusion:
+        return NoExclusion(cpus)
+    if kernel.mainline and kernel.build.ranges_in_flight:
+        return RangesInFlight(cpus, exact=kernel.build.overlap_fix)
+    return BitmapSpinlock(cpus, kernel.build.queued_spinlocks)

@@ -12,6 +12,7 @@ from guest.ranges import Range, RangeSet
 from guest.units import PAGE_SIZE, SZ_1M, SZ_64K, round_up
 from kernel import e820_setup
 from kernel.acpi_tables import find_rsdp, walk_tables
+from kernel.build import DEFAULT_BUILD, KernelBuild
 from kernel.efi import efi_find_mirror, efi_init, efi_memblock_x86_reserve_range, efi_reserve_boot_services
 from kernel.init_mem_mapping import ISA_END_ADDRESS, init_mem_mapping
 from kernel.kernel import Kernel
@@ -27,12 +28,14 @@ REAL_MODE_SIZE = 7 * PAGE_SIZE
 """real_mode_blob of a 6.x kernel, seen in memblock=debug logs."""
 
 
-def setup_arch(machine: Machine, version: KernelVersion = V6_3, image_size: int = 0) -> Kernel:
+def setup_arch(
+    machine: Machine, version: KernelVersion = V6_3, image_size: int = 0, build: KernelBuild = DEFAULT_BUILD
+) -> Kernel:
     """Enter the kernel and run setup_arch() up to ACPI's tables; RSI = boot_params.
 
     ``image_size`` is the kernel's size from ``_text`` to ``__bss_stop`` in bytes, if it is known.
     """
-    kernel = Kernel.enter(machine, version, image_size)
+    kernel = Kernel.enter(machine, version, image_size, build)
     machine.print(f"Command line: {kernel.command_line}")
     setup_data = list(walk_setup_data(machine.memory.read, kernel.params["hdr.setup_data"]))
     _early_reserve_memory(kernel, setup_data)

@@ -12,8 +12,10 @@ from typing import Any
 
 from guest.errors import BootError
 from guest.trace import Record
+from kernel.runtime import script_help
 from tools.cli import script
 from tools.config import add_options, boot_config
+from tools.cpu_report import cpu_rows, cpus_json
 from tools.milestones import milestone_rows, milestones, milestones_json
 from tools.pipeline import Boot
 from tools.postmortem import add_symbols_option, postmortem
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Boot. A guest that dies, or a Ctrl-C, leaves its log and table, then its error."""
+    if args.script == "help":
+        print(script_help(), end="")
+        return 0
     config, stage = resolve_until(args, boot_config(args))
     if args.plot is not None:
         from tools.plot import check_plot
@@ -66,13 +71,7 @@ def run(args: argparse.Namespace) -> int:
     except (BootError, KeyboardInterrupt) as error:
         end = error
     elapsed = time.perf_counter() - start
-    measured = _measurements(boot, args.measure)
-    if args.json:
-        print(json_text(_json(boot, end) | measured, args.json))
-    else:
-        _print_tables(boot)
-        for name, value in measured.items():
-            print(name, value)
+    _print_outcome(boot, end, args)
     if isinstance(end, BootError):
         for line in postmortem(boot, end, args.system_map):
             print(line, file=sys.stderr)
@@ -87,6 +86,17 @@ def run(args: argparse.Namespace) -> int:
     if end is not None:
         raise end
     return 0
+
+
+def _print_outcome(boot: Boot, end: BootError | KeyboardInterrupt | None, args: argparse.Namespace) -> None:
+    """What the boot came to, as tables or as JSON."""
+    measured = _measurements(boot, args.measure)
+    if args.json:
+        print(json_text(_json(boot, end) | measured, args.json))
+        return
+    _print_tables(boot)
+    for name, value in measured.items():
+        print(name, value)
 
 
 @contextmanager
@@ -116,6 +126,10 @@ def _print_tables(boot: Boot) -> None:
         print()
         print_table(*milestone_rows(found))
         print()
+    if boot.shell is not None and len(boot.shell.cpus.all) > 1:
+        print()
+        print_table(*cpu_rows(boot.shell.cpus.all))
+        print()
     for line in verdict_lines(boot):
         print(line)
 
@@ -135,6 +149,7 @@ def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, An
         "stages": summary_json(summarize(boot.trace.records)),
         "milestones": milestones_json(milestones(boot.trace.records, boot.host.ram)),
         "log": log_lines(boot.trace.records),
+        "cpus": cpus_json(boot.shell.cpus.all) if boot.shell is not None else [],
         "verdict": verdict_lines(boot),
         "error": _end_text(end),
     }

@@ -32,7 +32,8 @@ _VE_NAMES = ("cpuid", "io", "msr", "hlt")
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _MAX_FAULTS = 1024
-_MAX_CPUS = 4096
+_MAX_ACCEPT_CPUS = 4096
+_MAX_CPUS = 1024
 _RUNS_OF_REAL_STUB = ("stub", "kernel")
 _SANITIZE = ("error", "warn", "off")
 _HOST_LEVELS = {"4K": 0, "2M": 1, "mixed": MIXED}
@@ -135,7 +136,7 @@ def _accept_policy(text: str) -> Any:
 
 
 def _accept_cpus(text: str) -> int:
-    return _number("--accept-cpus", text, 1, _MAX_CPUS)
+    return _number("--accept-cpus", text, 1, _MAX_ACCEPT_CPUS)
 
 
 def _kernel_config(path: str) -> str:
@@ -235,6 +236,25 @@ def _script(path: str) -> Any:
     return tuple(parse_script(read_text(path), path))
 
 
+def _cpus(text: str) -> int:
+    return _number("--cpus", text, 1, _MAX_CPUS)
+
+
+def _knobs(texts: Iterable[str]) -> Any:
+    """Protections of our kernel that are switched off or on: fields of ``KernelBuild``."""
+    from kernel.build import KernelBuild
+
+    names = {name.replace("_", "-"): name for name in KernelBuild.__slots__}
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names or value not in ("on", "off"):
+            expected = f"{', '.join(names)} with =on or =off"
+            raise FormatError("--knob", found=repr(text[:60]), expected=expected, source=_SOURCE)
+        found[names[name]] = value == "on"
+    return KernelBuild(**found)
+
+
 def _faults(texts: Iterable[str]) -> tuple[Rule, ...]:
     rules = tuple(map(parse_rule, texts))
     if len(rules) > _MAX_FAULTS:
@@ -301,7 +321,16 @@ OPTIONS = (
     Option("ve", "LIST", "instructions that raise #VE in real code: cpuid,io,msr,hlt", "ve", _ve),
     Option("seed", "N", "seed of RDRAND, the start of the TSC and the firmware's generator (default 0)", "seed", _seed),
     Option("timeout", "N", "end real code after N million instructions", "timeout", _timeout),
-    Option("script", "FILE", "commands of stage runtime: alloc, free, cat, echo", "script", _script),
+    Option("script", "FILE", "commands of stage runtime; `--script help` lists them", "script", _script),
+    Option("cpus", "N", "processors of the guest, which `on cpus` in a script uses (default 1)", "cpus", _cpus),
+    Option(
+        "platform", "NAME", "what the guest is: tdx (default), or none: no TD, all memory accepted", "tdx",
+        _choice("--platform", {"tdx": True, "none": False}),
+    ),
+    Option(
+        "knob", "NAME=off", "leave a protection out of our kernel, can be repeated: zeropad-guard, accept-exclusion, "
+        "reader-filter, strict-devmem, ranges-in-flight, overlap-fix; queued-spinlocks=on", "build", _knobs, many=True,
+    ),
     Option(
         "fault", "KIND[:ARG][@WHEN,...]",
         f"a fault of the host, can be repeated; KIND: {', '.join(KINDS)}; WHEN: accept=N, mapgpa=N, tdvmcall=N, "
@@ -340,6 +369,7 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
         _check_td_shim(texts)
     fields = _read_options(texts)
     _read_map(fields)
+    _check_platform(fields)
     if "run" in fields:
         _check_run(fields)
         fields["full"] = args.full
@@ -455,6 +485,18 @@ def _check_run(fields: dict[str, Any]) -> None:
         raise FormatError(
             "--memory", found=f"{fields['memory']} bytes", expected="at most 256G with --run", source=_SOURCE
         )
+
+
+def _check_platform(fields: dict[str, Any]) -> None:
+    """What needs a TD, and what needs our own kernel."""
+    for name in ("faults", "efi_map", "run"):
+        if name in fields and not fields.get("tdx", True):
+            raise FormatError(
+                "--platform none", found=f"--{name.replace('_', '-').removesuffix('s')}",
+                expected="none of that without a TD", source=_SOURCE,
+            )  # fmt: skip
+    if fields.get("run") == "kernel" and fields.get("cpus", 1) > 1:
+        raise FormatError("--cpus", found="--run kernel", expected="1 with real code", source=_SOURCE)
 
 
 def _from_toml(path: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def accepted_over_time(records: Iterable[Record], end_ns: int) -> Iterator[tuple
     """
     sums, last = Acceptance(RangeSet()), (0, 0)
     yield last
-    for record in sorted(records, key=lambda record: record.ns):
+    for record in sorted(records, key=lambda record: record.ns):  # CPUs side by side go back in time
         point = record.ns, sums.accepted_bytes
         if point != last:
             yield point

@@ -18,7 +18,7 @@ from bootstub.td_shim import TD_SHIM_POLICY, td_shim
 from bootstub.td_shim_layout import td_shim_sections
 from firmware.accept_policy import BELOW_4G, AcceptPolicy
 from firmware.efi_types import EfiMemoryType
-from firmware.launch import launch_td, sections_for_map
+from firmware.launch import launch_guest, launch_td, sections_for_map
 from firmware.load_image import FwCfg
 from firmware.memory_descriptor import RAM_TYPES, MemoryDescriptor
 from firmware.memory_map import MemoryMap
@@ -39,9 +39,11 @@ from guest.registers import Registers
 from guest.trace import StageBegin, StageEnd, Trace
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PHYSICAL_ADDRESS_END, PMD_SIZE, SZ_4G, SZ_64M
 from guest.write_journal import WriteJournal
+from kernel.build import KernelBuild
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
-from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
+from kernel.runtime import Shell, default_script
+from kernel.script import Command
 from kernel.setup_arch import setup_arch
 from kernel.version import BY_PROTOCOL
 from tdx.backing import Backing
@@ -49,6 +51,7 @@ from tdx.faults import Rule
 from tdx.inject import Injector
 from tdx.machine_type import MachineType
 from tdx.module import TdConfig, TdxModule
+from tdx.no_tdx import NoTdx
 from tdx.sanitizer import Sanitizer
 from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host
@@ -111,7 +114,13 @@ class BootConfig:
     """What a finding of the sanitizer does: ``error`` ends the boot, ``warn`` is told; ``off``: no sanitizer."""
     seed: int = 0
     """Decides what is random in firmware and processor, and so in the boot stub and in real code."""
-    script: tuple[Command, ...] = field(default_factory=lambda: tuple(parse_script(DEFAULT_SCRIPT)))
+    cpus: int = 1
+    tdx: bool = True
+    """The guest is a TD; if not, all its memory is there from the start."""
+    build: KernelBuild = field(default_factory=KernelBuild)
+    """What is left out of our kernel."""
+    script: tuple[Command, ...] | None = None
+    """What stage runtime does; without it the protocol's own script runs."""
     costs: CostTable = field(default_factory=CostTable)
 
 
@@ -131,12 +140,13 @@ class Boot:
             self.physical, self.sept, self.trace, self.clock, config.costs, ram, _backing(config), td.shared_mask
         )
         module = TdxModule(self.physical, self.sept, self.host, self.trace, self.clock, config.costs, td)
-        self.machine = Machine.build(self.physical, module, self.trace, self.clock, config.seed)
+        platform = module if config.tdx else NoTdx(module, self.trace)
+        self.machine = Machine.build(self.physical, platform, self.trace, self.clock, config.seed)
         self.sept.on_revoke.append(lambda start, end: self.machine.memory.flush())
         if config.faults:
             Injector(config.faults, module.page_accept, self.host, self.trace)
         self.sanitizer: Sanitizer | None = None
-        if config.sanitize != "off":
+        if config.sanitize != "off" and config.tdx:
             self.sanitizer = Sanitizer(self.trace, ram, td.shared_mask, config.sanitize == "error")
         self.stages = stages_of(config)
         self.real_code: RealCode | None = None
@@ -145,6 +155,8 @@ class Boot:
         self.firmware_map: MemoryMap | None = None
         """The firmware's own record of its memory map, once it ran."""
         self.kernel: Kernel | None = None
+        self.shell: Shell | None = None
+        """What runs the commands of stage runtime, once that stage has begun."""
         self.boot_params: bytes | None = None
         """The zero page as the stub left it, once it ran."""
         self.boot_params_gpa = 0
@@ -228,14 +240,17 @@ def _host(boot: Boot) -> None:
     if config.efi_map is not None:
         private = _accepted(config.efi_map)
         tdvf = sections_for_map(config.efi_map) if tdvf is BUILT_IN else tdvf
-    launch_td(boot.host, tdvf, private, boot.machine.regs, config.faults)
+    if config.tdx:
+        launch_td(boot.host, tdvf, private, boot.machine.regs, config.faults)
+    else:
+        launch_guest(boot.host, tdvf, boot.machine.regs)
 
 
 def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
     pci_express = config.machine.name != "pc"
-    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, pci_express, config.nodes)
+    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, pci_express, config.nodes, config.cpus)
     setup = Setup(config.variables, config.offers, config.seed, config.accept or BELOW_4G, config.accept_cpus)
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, setup)
     boot.system_table_gpa = boot.machine.regs.rdx
@@ -276,7 +291,7 @@ def _decompress(boot: Boot) -> None:
 
 
 def _setup_arch(boot: Boot) -> None:
-    boot.kernel = setup_arch(boot.machine, BY_PROTOCOL[boot.config.protocol.name])
+    boot.kernel = setup_arch(boot.machine, BY_PROTOCOL[boot.config.protocol.name], build=boot.config.build)
 
 
 def _mm_init(boot: Boot) -> None:
@@ -286,7 +301,16 @@ def _mm_init(boot: Boot) -> None:
 
 def _runtime(boot: Boot) -> None:
     assert boot.kernel is not None
-    runtime(boot.kernel, list(boot.config.script))
+    script = boot.config.script
+    boot.shell = Shell(boot.kernel, lambda start, end: _plug(boot, start, end), boot.config.seed)
+    boot.shell.run(default_script(boot.kernel.mainline) if script is None else script)
+
+
+def _plug(boot: Boot, start: int, end: int) -> None:
+    """The host adds RAM to a guest that runs."""
+    boot.host.ram.add(start, end)
+    if not boot.config.tdx:
+        boot.sept.page_add(start, end)
 
 
 def _real_code(boot: Boot) -> RealCode:

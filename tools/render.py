@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,18 @@ from typing import Any
 from bootstub.events import KaslrChoice, KernelPlaced, PagingLevels
 from firmware.efi_types import status_name as efi_status_name
 from guest.trace import Event, Note, Print, Record, ServiceCall, StageBegin, StageEnd
-from kernel.events import Allocation, FileRead, FileWrite, MmPageAllocExtfrag, OutOfMemory
+from guest.units import size_text
+from kernel.events import (
+    Allocation,
+    CommandResult,
+    FileRead,
+    FileWrite,
+    MemoryAdded,
+    MemoryRead,
+    MmPageAllocExtfrag,
+    OutOfMemory,
+    ParallelAllocation,
+)
 from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
 from tdx.status import status_name
@@ -21,6 +33,7 @@ from tools.report import StageSummary
 
 _HEX_LINE = 16
 _LEVELS = ("4K", "2M", "1G", "512G", "256T")
+_SCRIPT_EVENTS = FileWrite | Allocation | ParallelAllocation | MemoryRead | MemoryAdded | CommandResult
 _AUG = SeamLeaf.TDH_MEM_PAGE_AUG.spec_name
 
 
@@ -58,8 +71,27 @@ def _kernel_event_text(event: Event) -> str:
             return f"mm_page_alloc_extfrag: {event.text}"
         case OutOfMemory(gfp, order, killed):
             return f"out of memory: gfp_mask={gfp:#x}, order={order}, {'one' if killed else 'nobody'} killed"
+        case ParallelAllocation() | MemoryRead() | MemoryAdded() | CommandResult():
+            return _script_event_text(event)
         case _:
             return _tdx_event_text(event)
+
+
+def _script_event_text(event: ParallelAllocation | MemoryRead | MemoryAdded | CommandResult) -> str:
+    """What a command of stage runtime came to."""
+    match event:
+        case ParallelAllocation(cpus, order, count, wanted, pages, ns):
+            done = f"{count} of {wanted} blocks, {pages * 4} KiB accepted"
+            return f"on cpus {cpus} alloc order {order}: {done}, {ns / 1e6:.3f} ms"
+        case MemoryRead("zeropad", ranges, _, zeros):
+            return f"read zeropad: {ranges} blocks, {zeros} bytes padded with zeros"
+        case MemoryRead(reader, _, touched, zeros):
+            return f"read {reader}: {size_text(touched)} touched, zeros for {size_text(zeros)}"
+        case MemoryAdded(start, end, accepted):
+            return f"hotadd [mem {start:#018x}-{end - 1:#018x}]: {'accepted, ' if accepted else ''}online"
+        case CommandResult(command, result, reason):
+            name = f" {errno.errorcode[-result]}" if result < 0 else ""
+            return f"{command}: {result}{name}{': ' if reason else ''}{reason}"
 
 
 def _tdx_event_text(event: Event) -> str:
@@ -98,7 +130,7 @@ class LogText:
             return [(_stamp(record.ns - self._entry_ns) if self._entry_ns is not None else "") + event.text]
         if isinstance(event, FileRead):
             return [f"# cat {event.path}", *event.text.splitlines()]
-        if isinstance(event, FileWrite | Allocation):
+        if isinstance(event, _SCRIPT_EVENTS):
             return [f"# {event_text(event)}"]
         return []
 

@@ -1,6 +1,7 @@
 """``unaccepted step``: a debugger for the boot. Stops after each stage or at an event; goes back by running again.
 
-Commands come from the terminal, from a file (``--commands``) or from standard input; ``help`` lists them.
+Commands come from the terminal, from a file (``--commands``) or from standard input; ``help`` lists them. Once stage
+runtime has run, those of its script (``--script help``) can be typed too.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from guest.records import field_extents
 from guest.trace import Event, Record, StageBegin
 from guest.units import PHYSICAL_ADDRESS_END, size_text
 from guest.write_journal import authors
+from kernel.runtime import SYNTAX, Shell, script_help
 from tools.cli import script
 from tools.config import add_options, boot_config, read_text
 from tools.pipeline import Boot, BootConfig
 from tools.postmortem import add_symbols_option, postmortem
 from tools.progress import StatusLine, interruptible
-from tools.render import event_text, hex_dump
+from tools.render import LogText, event_text, hex_dump
 from tools.until import add_until_option, resolve_until
 
 MAX_MEM = 1 << 16
@@ -44,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read commands until their end; 1 if the guest died."""
+    if args.script == "help":
+        print(script_help(), end="")
+        return 0
     lines = read_text(args.commands).splitlines() if args.commands is not None else None
     config, until = resolve_until(args, boot_config(args))
     stepper = Stepper(config, lines, until, args.system_map)
@@ -122,7 +127,8 @@ class Stepper(cmd.Cmd):
                 self._start()
                 for _ in range(rewind.stages):
                     self._step_quietly()
-                self._say(f"back before stage {self._boot.next_stage}")
+                stage = self._boot.next_stage
+                self._say(f"back before stage {stage}" if stage else "back at the end of the last stage")
 
     # Movement
 
@@ -224,7 +230,34 @@ class Stepper(cmd.Cmd):
     def default(self, line: str) -> None:
         if line == "EOF":
             self.do_quit("")
-        raise FormatError("command", found=repr(line), expected="one that `help` lists", source=_SOURCE)
+        if not SYNTAX.knows(line):
+            raise FormatError("command", found=repr(line), expected="one that `help` lists", source=_SOURCE)
+        if self._boot.shell is None:
+            raise FormatError("command", found=repr(line), expected="stage runtime to have begun", source=_SOURCE)
+        self._run_script(self._boot.shell, line)
+
+    def help_script(self) -> None:
+        """The commands of stage runtime, which can be typed here too."""
+        self._say(script_help().rstrip())
+
+    def _run_script(self, shell: Shell, line: str) -> None:
+        """A command of stage runtime, typed: it runs on the guest as it is now. `back` forgets it."""
+        command = SYNTAX.parse_line(line, "command")
+        if command is None:
+            return
+        if self.dead or self._paused:
+            self._say("the guest is dead; `back` brings it to life" if self.dead else "the guest is inside a command")
+            return
+        log, first = LogText(), self._boot.trace.count
+        try:
+            shell.run([command])
+        except FormatError:
+            raise
+        except BootError as error:
+            self._died(error)
+        for record in self._boot.trace.records[first:]:
+            for text in log.lines(record):
+                self._say(text)
 
     def precmd(self, line: str) -> str:
         """Comments are empty lines; the end of a command file is the end."""
@@ -301,10 +334,7 @@ class Stepper(cmd.Cmd):
         try:
             name = self._run_next()
         except BootError as error:
-            self.dead, self._running = True, False
-            for line in postmortem(self._boot, error, self._system_map):
-                self._say(line)
-            self._say(f"the guest died: {error}")
+            self._died(error)
             return
         after = self._boot.machine.regs.as_dict()
         changed = [f"{reg}={value:#x}" for reg, value in after.items() if value != before[reg]]
@@ -312,6 +342,12 @@ class Stepper(cmd.Cmd):
         self._say(f"registers {'  '.join(changed) or 'unchanged'}")
         self._show(self._wrote, list(self._written()))
         self._show("accepted", list(self._newly_accepted()))
+
+    def _died(self, error: BootError) -> None:
+        self.dead, self._running = True, False
+        for line in postmortem(self._boot, error, self._system_map):
+            self._say(line)
+        self._say(f"the guest died: {error}")
 
     def _run_next(self) -> str:
         """Run a stage; real code says on a terminal how far it is, and heeds Ctrl-C."""

@@ -1,17 +1,14 @@
-"""The script of stage runtime: how it is read, and what its commands do to the guest."""
+"""What the commands of stage runtime do to the guest."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from guest.errors import BootError, FormatError
+from bootstub.protocol import MAINLINE
 from kernel.events import Allocation, FileRead, FileWrite
-from kernel.runtime import DEFAULT_SCRIPT, Command, parse_script, runtime
+from kernel.runtime import Shell, parse_script
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -21,8 +18,8 @@ ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
 def ran(new_boot):
     """``ran(script, **config)``: the boot and the events of its runtime stage."""
 
-    def run(script: str, **config: object):
-        boot = new_boot(None, script=tuple(parse_script(script)), **config)
+    def run(script: str | None, **config: object):
+        boot = new_boot(None, script=None if script is None else tuple(parse_script(script)), **config)
         kinds = (Allocation, FileRead, FileWrite)
         return boot, [r.event for r in boot.trace.records if r.stage == "runtime" and isinstance(r.event, kinds)]
 
@@ -33,74 +30,38 @@ def unaccepted_kb(event: FileRead) -> int:
     return int(re.search(r"^Unaccepted: +(\d+) kB$", event.text, re.MULTILINE)[1])
 
 
-def test_every_command():
-    """Operands with and without a count, comments, empty lines, any white space."""
-    text = "# a script\n\nalloc 9 96\n  alloc 0 # one\nfree 9\t2\ncat /proc/vmstat\n"
-    text += f"echo  64M >  {ACCEPT}\r\necho > {ACCEPT}"
-    assert parse_script(text) == [
-        Command("alloc", order=9, count=96),
-        Command("alloc", order=0, count=1),
-        Command("free", order=9, count=2),
-        Command("cat", path="/proc/vmstat"),
-        Command("echo", path=ACCEPT, text="64M"),
-        Command("echo", path=ACCEPT, text=""),
-    ]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "alloc",
-        "alloc x",
-        "alloc 11",
-        "alloc -1",
-        "alloc 0 1048577",
-        "alloc 0 -1",
-        "alloc 0 1 2",
-        "alloc 0x1",
-        "alloc 1.5",
-        "alloc ²",
-        "alloc ٣",
-        "alloc " + "9" * 5000,
-        "Alloc 1",
-        "free",
-        "free 11",
-        "cat",
-        "cat /etc/passwd",
-        "cat /proc/meminfo /proc/vmstat",
-        "echo all",
-        f"echo all >{ACCEPT}",
-        "echo all > /proc/meminfo",
-        f"echo all >> {ACCEPT}",
-        "rm -rf /",
-        "\0",
-    ],
-    ids=lambda line: line[:30],
-)
-def test_wrong_line(line):
-    """It is refused with the script's name and its number, comments and empty lines counted."""
-    with pytest.raises(FormatError) as caught:
-        parse_script(f"# first\n\ncat /proc/meminfo\n{line}\nalloc 0\n", "my.script")
-    assert caught.value.what == "my.script, line 4"
-    assert caught.value.found == repr(line.strip())
-
-
-@given(st.text(max_size=100) | st.text("alocfrethd 0123456789#>\n/", max_size=100))
-def test_random_text(text):
-    """Any text is a list of commands or refused."""
-    with contextlib.suppress(BootError):
-        assert isinstance(parse_script(text), list)
-    with contextlib.suppress(BootError):
-        parse_script("alloc " + text)
-
-
 def test_default_script(ran):
     """The script of a boot that is given none allocates, accepts and looks."""
-    _, events = ran(DEFAULT_SCRIPT)
+    _, events = ran(None)
     kinds = [type(event).__name__ for event in events]
     assert kinds == ["FileRead", "Allocation", "Allocation", "FileWrite", "FileRead", "FileRead"]
     assert unaccepted_kb(events[4]) < unaccepted_kb(events[0])
     assert events[3].result == 4
+
+
+def test_default_script_of_mainline(ran):
+    """Mainline has no file to accept memory by hand, so its default script does not write to it."""
+    _, events = ran(None, protocol=MAINLINE)
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["FileRead", "Allocation", "Allocation", "FileRead", "FileRead", "FileRead"]
+
+
+def test_named_blocks(ran):
+    """A free by name gives back the blocks of that name, all or the last ones; other blocks stay."""
+    _, events = ran(
+        "alloc order 5 x 4 as a\nalloc 5 2\ncat /proc/vmstat\nfree a x 1\ncat /proc/vmstat\n"
+        "free a\ncat /proc/vmstat\nfree a\nfree nobody\nfree 5 2\ncat /proc/vmstat\n"
+    )
+    free = [int(event.text.split()[1]) for event in events if isinstance(event, FileRead)]
+    assert [pages - free[0] for pages in free] == [0, 32, 128, 192]
+
+
+def test_sleep(ran):
+    """Virtual time passes, and nothing else happens."""
+    short, _ = ran("")
+    long, events = ran("sleep 3s\nsleep 5ms\n")
+    assert events == []
+    assert long.clock.ns - short.clock.ns == 3_005_000_000
 
 
 def test_allocations_are_touched(ran):
@@ -189,4 +150,4 @@ def test_watermarks_are_set_first(ran):
 def test_runtime_before_mm_init(new_boot):
     """A stage out of order is wrong use of ours."""
     with pytest.raises(ValueError, match="runtime before mm-init"):
-        runtime(new_boot("setup-arch").kernel, [])
+        Shell(new_boot("setup-arch").kernel, lambda start, end: None)

@@ -1,0 +1,117 @@
+"""The files of /proc and /sys that a script can read or write: one table.
+
+A file that another kernel has is known by name, and not there: -ENOENT.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kernel import proc
+from kernel.cpus import Cpu
+from kernel.page_alloc import PageAllocator
+from kernel.running import RunningKernel
+
+ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
+_CPU_ONLINE = re.compile(r"/sys/devices/system/cpu/cpu([1-9][0-9]{0,3})/online")
+_FALSE, _TRUE = ("0", "n", "N", "off"), ("1", "y", "Y", "on")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFile:
+    """``read(running)`` gives its text, ``write(running, text)`` characters taken or a negative errno."""
+
+    read: Callable[[RunningKernel], str] | None = None
+    write: Callable[[RunningKernel, str], int] | None = None
+    v9_only: bool = False
+
+
+def _proc(text: Callable[[PageAllocator], str]) -> KernelFile:
+    return KernelFile(lambda running: text(running.allocator))
+
+
+def _accept_memory(running: RunningKernel, text: str) -> int:
+    return running.allocator.accept_memory_sysfs(text)
+
+
+def cpu_list(cpus: Sequence[Cpu]) -> str:
+    """``0-3,7``, as the kernel prints a cpumask (``%*pbl``)."""
+    numbers = [cpu.number for cpu in cpus]
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) + "\n"
+
+
+FILES = {
+    **{path: _proc(text) for path, text in proc.PROC_FILES.items()},
+    "/proc/sys/vm/min_free_kbytes": KernelFile(
+        lambda running: f"{running.sysctl.min_free_kbytes}\n",
+        lambda running, text: running.sysctl.write_min_free_kbytes(text),
+    ),
+    "/proc/sys/vm/watermark_scale_factor": KernelFile(
+        lambda running: f"{running.sysctl.watermark_scale_factor}\n",
+        lambda running, text: running.sysctl.write_watermark_scale_factor(text),
+    ),
+    "/proc/sys/kernel/watchdog_thresh": KernelFile(
+        lambda running: f"{running.sysctl.watchdog_thresh}\n",
+        lambda running, text: running.sysctl.write_watchdog_thresh(text),
+    ),
+    "/sys/devices/system/node/node0/meminfo": _proc(lambda allocator: proc.node_meminfo(allocator, 0)),
+    "/sys/devices/system/cpu/present": KernelFile(lambda running: cpu_list(running.cpus.all)),
+    "/sys/devices/system/cpu/online": KernelFile(lambda running: cpu_list(running.cpus.online)),
+    ACCEPT_MEMORY: KernelFile(write=_accept_memory, v9_only=True),
+}
+
+
+def is_file(path: str) -> bool:
+    """True if a script may name ``path``."""
+    return path in FILES or _CPU_ONLINE.fullmatch(path) is not None
+
+
+def is_writable(path: str) -> bool:
+    """True if some kernel lets ``path`` be written to."""
+    return _CPU_ONLINE.fullmatch(path) is not None or (path in FILES and FILES[path].write is not None)
+
+
+def read_file(running: RunningKernel, path: str) -> str | int:
+    """The text of a file, or a negative errno: -EACCES for one that can only be written to."""
+    match = _CPU_ONLINE.fullmatch(path)
+    if match:
+        cpu = _cpu(running, int(match[1]))
+        return f"{cpu.online:d}\n" if cpu is not None else -errno.ENOENT
+    file = FILES[path]
+    if file.v9_only and running.kernel.mainline:
+        return -errno.ENOENT
+    return file.read(running) if file.read is not None else -errno.EACCES
+
+
+def write_file(running: RunningKernel, path: str, text: str) -> int:
+    """Write ``text`` to a file: the number of characters taken, or a negative errno."""
+    match = _CPU_ONLINE.fullmatch(path)
+    if match:
+        cpu = _cpu(running, int(match[1]))
+        return _write_online(running, cpu, text) if cpu is not None else -errno.ENOENT
+    file = FILES[path]
+    if file.v9_only and running.kernel.mainline:
+        return -errno.ENOENT
+    assert file.write is not None
+    return file.write(running, text)
+
+
+def _cpu(running: RunningKernel, number: int) -> Cpu | None:
+    return running.cpus.all[number] if number < len(running.cpus.all) else None
+
+
+def _write_online(running: RunningKernel, cpu: Cpu, text: str) -> int:
+    """cpuN/online: 1 brings the CPU up; 0 takes it down, which a TD cannot do (CC_ATTR_HOTPLUG_DISABLED)."""
+    word = text.rstrip("\n")
+    if word not in _FALSE + _TRUE:
+        return -errno.EINVAL
+    online = word in _TRUE
+    if cpu.online and not online and running.tdx:
+        return -errno.EOPNOTSUPP
+    cpu.online = online
+    return len(text)
