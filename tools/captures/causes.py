@@ -10,4 +10,6 @@ def cause_of(subject: str, ours: str, captured: str) -> str | None:
     texts = [line for line in (ours, captured) if line]
     if subject.startswith("memblock") and all(line.endswith(" start_kernel") for line in texts):
         return _UNKNOWN_PARAMETERS
+    if subject == "zonelists" and not ours:
+        return "zonelists are built anew when memory is plugged in"
     return None

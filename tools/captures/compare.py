@@ -55,6 +55,7 @@ SUBJECTS = {
     "per-CPU areas": r"percpu: Embedded",
     "hash tables": r"(Dentry cache|Inode-cache) hash table entries: .* linear\)",
     "swiotlb": r"software IO TLB: (area num|SWIOTLB)",
+    "zonelists": r"(Fallback order for Node|Built \d+ zonelists)",
     "boot services": r"Freeing EFI boot services memory",
     "log buffer": r"(printk: )?log_buf_len: ",
     "memblock calls": r"memblock_(add|remove|phys_alloc_range|alloc_\w+): ",
