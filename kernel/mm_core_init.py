@@ -37,7 +37,9 @@ def print_zonelists(kernel: Kernel, allocator: PageAllocator) -> None:
         kernel.machine.print(line)
     pages = sum(zone.present_pages for zone in allocator.zones)
     if not kernel.mm_rules.prints_memory_late:
-        pages -= sum(map(_memmap_pages, allocator.zones)) + _dma_reserve(kernel)
+        pages -= sum(map(_memmap_pages, allocator.zones))
+        lowest, reserve = allocator.zones[0], _dma_reserve(kernel)
+        pages -= reserve if lowest.present_pages - _memmap_pages(lowest) > reserve else 0
     nodes = len(allocator.zonelists.nodes)
     kernel.machine.print(f"Built {nodes} zonelists, mobility grouping on.  Total pages: {pages}")
 

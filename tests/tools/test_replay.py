@@ -57,7 +57,7 @@ def test_a_captured_boot(name, tmp_path, capsys):
     assert rows["e820"][0] >= 9
     assert all(unexplained == 0 for *_, unexplained in rows.values())
     assert {subject for subject, row in rows.items() if row[2]} <= {
-        "zones: managed", "zones: spanned and present", "min_free_kbytes"
+        "zones: managed", "zones: spanned and present", "min_free_kbytes", "zonelists"
     }  # fmt: skip
     if "unaccepted" not in name:  # that kernel panics in memblock
         subjects = {"zone ranges", "early node ranges", "zones: spanned and present", "watermarks from managed"}

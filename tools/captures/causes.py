@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tools.captures.capture import Capture
+_UNKNOWN_PARAMETERS = "the kernel passes other parameters on to user space than those that are known here"
 
 
-def cause_of(capture: Capture, subject: str, ours: str, captured: str) -> str | None:
+def cause_of(subject: str, ours: str, captured: str) -> str | None:
     """Why these two lines differ, or None."""
-    if capture.params["hdr.loadflags"] & 2 and "max_addr" not in ours and subject.startswith("memblock"):
-        return "KASLR: the direct map lies at a random place, and so its page tables are others"
-    if subject.startswith("memblock") and "start_kernel" in ours + captured:
-        return "the kernel passes other parameters on to user space than those that are known here"
+    texts = [line for line in (ours, captured) if line]
+    if subject.startswith("memblock") and all(line.endswith(" start_kernel") for line in texts):
+        return _UNKNOWN_PARAMETERS
+    if subject == "zonelists" and not ours:
+        return "zonelists are built anew when memory is plugged in"
     return None

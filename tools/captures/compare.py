@@ -55,6 +55,7 @@ SUBJECTS = {
     "per-CPU areas": r"percpu: Embedded",
     "hash tables": r"(Dentry cache|Inode-cache) hash table entries: .* linear\)",
     "swiotlb": r"software IO TLB: (area num|SWIOTLB)",
+    "zonelists": r"(Fallback order for Node|Built \d+ zonelists)",
     "boot services": r"Freeing EFI boot services memory",
     "log buffer": r"(printk: )?log_buf_len: ",
     "memblock calls": r"memblock_(add|remove|phys_alloc_range|alloc_\w+): ",
@@ -72,8 +73,8 @@ def lines_of(log: Sequence[str], subject: str) -> list[str]:
     return [_OFFSET.sub("", _PREFIX.sub("", line)).rstrip() for line in log if match(line)]
 
 
-Cause = Callable[[Capture, str, str, str], str | None]
-"""``cause(capture, subject, ours, captured)``: why these two differ, or None."""
+Cause = Callable[[str, str, str], str | None]
+"""``cause(subject, ours, captured)``: why these two differ, or None."""
 
 
 def compare_lines(capture: Capture, ours: Sequence[str], cause: Cause) -> Iterator[Row]:
@@ -84,12 +85,10 @@ def compare_lines(capture: Capture, ours: Sequence[str], cause: Cause) -> Iterat
             continue
         if not capture.complete and subject in ("e820", "EFI", "memblock calls", "memblock arrays"):
             mine = mine[len(mine) - len(theirs) :] if theirs else []
-        yield Row(subject, max(len(mine), len(theirs)), tuple(_differences(capture, subject, mine, theirs, cause)))
+        yield Row(subject, max(len(mine), len(theirs)), tuple(_differences(subject, mine, theirs, cause)))
 
 
-def _differences(
-    capture: Capture, subject: str, ours: Sequence[str], captured: Sequence[str], cause: Cause
-) -> Iterator[Difference]:
+def _differences(subject: str, ours: Sequence[str], captured: Sequence[str], cause: Cause) -> Iterator[Difference]:
     for mine, theirs in zip_longest(ours, captured, fillvalue=""):
         if mine != theirs:
-            yield Difference(mine, theirs, cause(capture, subject, mine, theirs))
+            yield Difference(mine, theirs, cause(subject, mine, theirs))
