@@ -35,6 +35,7 @@ def initmem_init(kernel: Kernel, srat: Srat | None, localities: int = 0) -> None
     numa_off = kernel.early.numa_off
     kernel.max_possible_pfn = kernel.max_pfn
     if not (srat is not None and not numa_off and _numa_init(kernel, _blocks_of_srat(kernel, srat, localities))):
+        kernel.memblock.clear_hotplug(0, PHYS_ADDR_MAX)
         end = PFN_PHYS(kernel.max_pfn)
         kernel.machine.print("NUMA turned off" if numa_off else "No NUMA configuration found")
         kernel.machine.print(f"Faking a node at [mem {0:#018x}-{end - 1:#018x}]")

@@ -76,6 +76,7 @@ def test_numa_off_and_no_table():
         [(0, 0, 2 * GIB, 1)],  # 4 GiB belong to nobody
         [(0, 0, 5 * GIB, 1), (1, 4 * GIB, 4 * GIB, 1)],  # two nodes claim 1 GiB
         [(0, 0, 8 * GIB, 0)],  # nothing is enabled
+        [(0, 0, 2 * GIB, 3)],  # what could be unplugged cannot any more
         [],
     ],
 )
@@ -83,7 +84,7 @@ def test_a_table_that_cannot_be_used(memory):
     """Memory without a node, or with two, makes the kernel ignore SRAT."""
     kernel, log = booted(acpi=[srat(*memory)])
     assert "No NUMA configuration found" in log
-    assert {region.nid for region in kernel.memblock.memory.regions} == {0}
+    assert {(region.nid, region.flags) for region in kernel.memblock.memory.regions} == {(0, 0)}
 
 
 def test_nodes_by_turns():
