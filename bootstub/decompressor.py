@@ -8,7 +8,7 @@ the decompressor that is entered without its EFI stub.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bootstub.acpi import efi_configuration_table, get_rsdp_addr
 from bootstub.boot_params import BOOT_PARAMS
@@ -68,6 +68,10 @@ class Decompressor:
 
     find_record: FindRecord | None
     mem_encrypt: bool = False
+
+    def without_support(self) -> Decompressor:
+        """The same code, built without CONFIG_UNACCEPTED_MEMORY."""
+        return replace(self, find_record=None)
 
 
 V9_DECOMPRESSOR = Decompressor(bitmap_of_boot_params)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
-from bootstub.decompressor import decompress
+from bootstub.decompressor import V9_DECOMPRESSOR, decompress
 from bootstub.efi_stub import efi_stub
 from bootstub.protocol import V9, Protocol
 from bootstub.td_shim import TD_SHIM_POLICY, td_shim
@@ -287,7 +287,8 @@ def _keep_what_the_stub_left(boot: Boot) -> None:
 
 
 def _decompress(boot: Boot) -> None:
-    decompress(boot.machine)
+    supported = boot.config.protocol.unaccepted_memory
+    decompress(boot.machine, V9_DECOMPRESSOR if supported else V9_DECOMPRESSOR.without_support())
 
 
 def _setup_arch(boot: Boot) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
@@ -184,7 +183,7 @@ class _OurRun(_Run):
     def _run(self) -> None:
         kind = MAINLINE_DECOMPRESSOR
         if not knows_unaccepted_memory(self._image):
-            kind = replace(kind, find_record=None)
+            kind = kind.without_support()
         decompress(self._machine, kind)
 
     def _read_tsc(self, rdtsc: Callable[[], int]) -> None:
