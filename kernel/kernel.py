@@ -73,8 +73,8 @@ class Kernel:
     acpi_rsdp: int = 0
     """What boot_params or EFI say of where the RSDP is; 0 if nothing."""
     acpi: list[AcpiTable] = field(default_factory=list)
-    possible_cpus: int = 1
-    """Processors, by ACPI's MADT."""
+    cpu_nodes: list[int] = field(default_factory=lambda: [0])
+    """The node of each processor that ACPI's MADT tells."""
     node_data: dict[int, int] = field(default_factory=dict)
     """Address of each node's pg_data_t."""
     swiotlb_size: int = 0

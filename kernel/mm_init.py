@@ -50,7 +50,6 @@ _FIXMAP_TABLES = 3
 def mm_init(kernel: Kernel) -> None:
     """From memblock to free lists: after this, pages are allocated by the page allocator only."""
     srat, madt = _srat(kernel), _madt(kernel)
-    kernel.possible_cpus = madt.possible_cpus
     initmem_init(kernel, srat, _slit_localities(kernel))
     reserve_crashkernel(kernel)
     sparse_init(kernel)
@@ -60,7 +59,8 @@ def mm_init(kernel: Kernel) -> None:
     e820_setup_pci_gap(kernel)
     _setup_command_line(kernel)
     nodes = nodes_of(kernel.memblock.memory.regions) or [0]
-    setup_per_cpu_areas(kernel, _cpu_nodes(kernel, srat, madt))
+    kernel.cpu_nodes = _cpu_nodes(kernel, srat, madt)
+    setup_per_cpu_areas(kernel, kernel.cpu_nodes)
     for _ in range(max(nodes) + 1 + kernel.version.percpu_cpumasks):
         kernel.memblock_alloc(8, SMP_CACHE_BYTES, "alloc_bootmem_cpumask_var")
     allocator = new_page_allocator(kernel, zones)

@@ -25,7 +25,7 @@ from kernel.sysctl import Sysctl, parse_integer
 from kernel.unaccepted_memory import Exclusion
 from tdx.guest import tdx_guest_detected
 
-_LOOK = "cat /proc/meminfo\ncat /proc/vmstat\ncat /proc/buddyinfo\n"
+_LOOK = "cat /proc/meminfo\ncat /proc/buddyinfo\n"
 _ALLOCATE = "cat /proc/meminfo\nalloc 9 96\nalloc 0 256\n"
 _KEXEC_DISABLED = "Disable kexec: not yet supported on systems with unaccepted memory"
 
@@ -196,14 +196,14 @@ def _name(command: Command) -> str:
 def _bring_up_cpus(kernel: Kernel, allocator: PageAllocator, seed: int) -> Cpus:
     """The CPUs that the MADT names, online up to ``maxcpus=``; with more than one, accepting needs care."""
     machine = kernel.machine
-    count = kernel.possible_cpus
+    count = len(kernel.cpu_nodes)
     cpus = Cpus(count, machine.clock, seed, machine.panic)
     cpus.on_soft_lockup = lambda cpu, seconds: machine.print(
         f"watchdog: BUG: soft lockup - CPU#{cpu.number} stuck for {seconds}s!"
     )
     maxcpus = parse_integer(kernel.early.values.get("maxcpus") or "")
-    for _ in cpus.all[1:]:
-        allocator.online_cpu()
+    for node in kernel.cpu_nodes[1:]:
+        allocator.online_cpu(node)
     for cpu in cpus.all[max(maxcpus, 1) if maxcpus is not None else count :]:
         cpu.online = False
     if count > 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
-from guest.units import PAGE_SHIFT, SZ_1M
+from guest.units import PAGE_SHIFT
 from kernel.migratetype import MIGRATE_PCPTYPES, PAGEBLOCK_NR_PAGES
 
 MIN_FREE_KBYTES_MIN = 128
@@ -70,21 +70,6 @@ def _share(min_free_kbytes: int, managed: int, lowmem_pages: int) -> int:
 def _spaced(wmark_min: int, share: int, managed: int, scale_factor: int) -> Watermarks:
     step = max(share >> 2, managed * scale_factor // 10_000)
     return Watermarks(wmark_min, wmark_min + step, wmark_min + 2 * step, wmark_min + 3 * step)
-
-
-def zone_batchsize(managed: int) -> int:
-    """``pcp->batch`` of a zone with ``managed`` pages (``zone_batchsize``, and at least 1 where it is used)."""
-    batch = max(min(managed >> 10, SZ_1M >> PAGE_SHIFT) // 4, 1)
-    return max((1 << (batch + batch // 2).bit_length() - 1) - 1, 1)
-
-
-def zone_highsize(managed: int, low_wmark: int, batch: int, cpus: int, high_fraction: int = 0) -> int:
-    """``pcp->high`` (``high_min`` from 6.7 on) of each of the node's ``cpus`` (``zone_highsize``).
-
-    ``high_fraction`` is vm.percpu_pagelist_high_fraction.
-    """
-    total = managed // high_fraction if high_fraction else low_wmark
-    return max(total // max(cpus, 1), batch << 2)
 
 
 def lowmem_reserves(managed: Sequence[int]) -> list[tuple[int, ...]]:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from kernel.early_param import parse_early_param
 from kernel.memblock_type import MemblockFlags, MemblockRegion
 from kernel.mmzone import free_area_init, nodes_of, unavailable_ranges
-from kernel.watermark import zone_batchsize, zone_highsize
 from kernel.zone_movable import MIRROR_NOTES, find_zone_movable_pfns
 from tests.kernel.plain_guest import GIB, MIB, booted
 
@@ -101,22 +100,6 @@ def test_every_page_is_in_one_zone(rows):
     sections = {at for r in memory for at in range(r.base >> 27, (r.end - 1 >> 27) + 1)}
     total = sum(region.size for region in memory) >> 12
     assert total + unavailable == len(sections) << 15
-
-
-def test_batches_of_the_per_cpu_lists():
-    """A quarter of a thousandth of the zone, a power of two less one, at most 63; high shares the low watermark."""
-    assert [zone_batchsize(managed) for managed in (0, 3840, 26 << 10, 110_561, 757_850, 1 << 30)] == [
-        1,
-        1,
-        7,
-        31,
-        63,
-        63,
-    ]
-    assert zone_highsize(757_850, 15_977, 63, 1) == 15_977
-    assert zone_highsize(757_850, 15_977, 63, 4) == 3_994
-    assert zone_highsize(3840, 0, 1, 2) == 4
-    assert zone_highsize(1 << 20, 99, 63, 4, high_fraction=8) == 32_768
 
 
 def test_a_guest_with_zone_movable():

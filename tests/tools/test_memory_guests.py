@@ -16,7 +16,9 @@ from bootstub.sample_kernel import sample_bzimage
 from guest.units import SZ_1G, SZ_1M
 from kernel.events import FileRead
 from kernel.runtime import parse_script
+from tdx.machine_type import MachineType
 from tools.maps.source import boot_descriptors, read_map
+from tools.numa import numa_nodes, parse_numa
 from tools.pipeline import KERNEL_STAGES, Boot, BootConfig
 from tools.render import log_lines
 
@@ -28,6 +30,7 @@ GUESTS: dict[str, dict[str, Any]] = {
     "256M": {"memory": 256 * SZ_1M},
     "4G": {"memory": 4 * SZ_1G},
     "64G": {"memory": 64 * SZ_1G},
+    "2-nodes": {"memory": 4 * SZ_1G, "nodes": numa_nodes(parse_numa("2"), MachineType().ram(4 * SZ_1G))},
     "4P-hole": {"efi_map": boot_descriptors(read_map(str(WORST_CASE)))},
 }
 SCRIPT = """\

@@ -20,7 +20,7 @@ from kernel.mmzone import (
     setup_per_zone_wmarks,
     setup_zone_wmarks,
 )
-from kernel.watermark import zone_batchsize, zone_highsize
+from kernel.per_cpu_pages import zone_batchsize, zone_highsize
 from tools.captures.capture import Capture
 from tools.captures.compare import Difference, Row
 from tools.captures.zoneinfo import CapturedZone, parse_zoneinfo
@@ -178,7 +178,7 @@ def _pcp(capture: Capture, captured: Sequence[CapturedZone], then: Sequence[Zone
         mine = f"{_name(theirs)} batch {max(batch, 1)}"
         said = f"{_name(theirs)} batch {theirs.batch}"
         if capture.version.name == "6.1":
-            high = zone_highsize(zone.managed_pages, zone.watermark.low, batch, cpus // nodes)
+            high = zone_highsize(zone.watermark.low, batch, max(cpus // nodes, 1))
             mine, said = f"{mine} high {high}", f"{said} high {theirs.pcp_high}"
         pairs.append((mine, said))
     return _row("per-CPU lists", pairs)
