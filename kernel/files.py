@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kernel import proc
@@ -16,15 +16,14 @@ from kernel.page_alloc import PageAllocator
 from kernel.running import RunningKernel
 
 ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
-_CPU_ONLINE = re.compile(r"/sys/devices/system/cpu/cpu([1-9][0-9]{0,3})/online")
 _FALSE, _TRUE = ("0", "n", "N", "off"), ("1", "y", "Y", "on")
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFile:
-    """``read(running)`` gives its text, ``write(running, text)`` characters taken or a negative errno."""
+    """``read(running)`` gives its text, ``write(running, text)`` characters taken; both perhaps a negative errno."""
 
-    read: Callable[[RunningKernel], str] | None = None
+    read: Callable[[RunningKernel], str | int] | None = None
     write: Callable[[RunningKernel, str], int] | None = None
     v9_only: bool = False
 
@@ -59,55 +58,88 @@ FILES = {
         lambda running: f"{running.sysctl.watchdog_thresh}\n",
         lambda running, text: running.sysctl.write_watchdog_thresh(text),
     ),
-    "/sys/devices/system/node/node0/meminfo": _proc(lambda allocator: proc.node_meminfo(allocator, 0)),
     "/sys/devices/system/cpu/present": KernelFile(lambda running: cpu_list(running.cpus.all)),
     "/sys/devices/system/cpu/online": KernelFile(lambda running: cpu_list(running.cpus.online)),
     ACCEPT_MEMORY: KernelFile(write=_accept_memory, v9_only=True),
 }
 
 
+_NUMBERED: dict[str, Callable[[int], KernelFile]] = {
+    "/sys/devices/system/node/nodeN/meminfo": lambda n: KernelFile(lambda running: _node_meminfo(running, n)),
+    "/sys/devices/system/cpu/cpuN/online": lambda n: KernelFile(
+        lambda running: _read_online(running, n), lambda running, text: _write_online(running, n, text)
+    ),
+}
+"""Files of which there is one for each number."""
+_NUMBER = re.compile(r"(?<=[a-z])(0|[1-9][0-9]{0,3})(?=/)")
+
+
+def files() -> Iterator[tuple[str, bool]]:
+    """The path of every file, with an ``N`` for a number, and whether some kernel lets it be written to."""
+    yield from ((path, file.write is not None) for path, file in FILES.items())
+    yield from ((path, numbered(0).write is not None) for path, numbered in _NUMBERED.items())
+
+
 def is_file(path: str) -> bool:
     """True if a script may name ``path``."""
-    return path in FILES or _CPU_ONLINE.fullmatch(path) is not None
+    return _find(path) is not None
 
 
 def is_writable(path: str) -> bool:
     """True if some kernel lets ``path`` be written to."""
-    return _CPU_ONLINE.fullmatch(path) is not None or (path in FILES and FILES[path].write is not None)
+    file = _find(path)
+    return file is not None and file.write is not None
 
 
 def read_file(running: RunningKernel, path: str) -> str | int:
     """The text of a file, or a negative errno: -EACCES for one that can only be written to."""
-    match = _CPU_ONLINE.fullmatch(path)
-    if match:
-        cpu = _cpu(running, int(match[1]))
-        return f"{cpu.online:d}\n" if cpu is not None else -errno.ENOENT
-    file = FILES[path]
-    if file.v9_only and running.kernel.mainline:
+    file = _file(running, path)
+    if file is None:
         return -errno.ENOENT
     return file.read(running) if file.read is not None else -errno.EACCES
 
 
 def write_file(running: RunningKernel, path: str, text: str) -> int:
     """Write ``text`` to a file: the number of characters taken, or a negative errno."""
-    match = _CPU_ONLINE.fullmatch(path)
-    if match:
-        cpu = _cpu(running, int(match[1]))
-        return _write_online(running, cpu, text) if cpu is not None else -errno.ENOENT
-    file = FILES[path]
-    if file.v9_only and running.kernel.mainline:
+    file = _file(running, path)
+    if file is None:
         return -errno.ENOENT
-    assert file.write is not None
-    return file.write(running, text)
+    return file.write(running, text) if file.write is not None else -errno.EACCES
+
+
+def _find(path: str) -> KernelFile | None:
+    """The file of that path in any kernel."""
+    number = _NUMBER.search(path)
+    numbered = _NUMBERED.get(_NUMBER.sub("N", path)) if number else None
+    return numbered(int(number[1])) if number and numbered else FILES.get(path)
+
+
+def _file(running: RunningKernel, path: str) -> KernelFile | None:
+    """The file of that path in this kernel."""
+    file = _find(path)
+    return None if file is None or (file.v9_only and running.kernel.mainline) else file
+
+
+def _node_meminfo(running: RunningKernel, node: int) -> str | int:
+    known = node in running.allocator.zonelists.nodes
+    return proc.node_meminfo(running.allocator, node) if known else -errno.ENOENT
 
 
 def _cpu(running: RunningKernel, number: int) -> Cpu | None:
-    return running.cpus.all[number] if number < len(running.cpus.all) else None
+    """A CPU that can go offline: all but the first."""
+    return running.cpus.all[number] if 0 < number < len(running.cpus.all) else None
 
 
-def _write_online(running: RunningKernel, cpu: Cpu, text: str) -> int:
+def _read_online(running: RunningKernel, number: int) -> str | int:
+    cpu = _cpu(running, number)
+    return f"{cpu.online:d}\n" if cpu is not None else -errno.ENOENT
+
+
+def _write_online(running: RunningKernel, number: int, text: str) -> int:
     """cpuN/online: 1 brings the CPU up; 0 takes it down, which a TD cannot do (CC_ATTR_HOTPLUG_DISABLED)."""
-    word = text.rstrip("\n")
+    cpu, word = _cpu(running, number), text.rstrip("\n")
+    if cpu is None:
+        return -errno.ENOENT
     if word not in _FALSE + _TRUE:
         return -errno.EINVAL
     online = word in _TRUE

@@ -7,7 +7,6 @@ is 0.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -29,22 +28,6 @@ ZONE_NAMES = ("DMA", "DMA32", "Normal", "Movable", "Device")
 _ZONE_MOVABLE = 3
 _SWAP_CLUSTER_MAX = 32
 _MOST_SHOWN = 100_000
-_NODE_MEMINFO = re.compile(r"/sys/devices/system/node/node(0|[1-9][0-9]{0,3})/meminfo")
-
-
-def is_file(path: str) -> bool:
-    """True if :func:`read_file` knows the path."""
-    return path in PROC_FILES or _NODE_MEMINFO.fullmatch(path) is not None
-
-
-def read_file(allocator: PageAllocator, path: str) -> str:
-    """What ``cat`` of a file prints; a node that does not exist has no file."""
-    node = _NODE_MEMINFO.fullmatch(path)
-    if node is None:
-        return PROC_FILES[path](allocator)
-    if int(node[1]) not in allocator.zonelists.nodes:
-        return f"cat: {path}: No such file or directory\n"
-    return node_meminfo(allocator, int(node[1]))
 
 
 def meminfo(allocator: PageAllocator) -> str:

@@ -12,7 +12,7 @@ from guest.units import PFN_PHYS
 from kernel.accept_exclusion import BitmapSpinlock, NoExclusion, RangesInFlight
 from kernel.cpus import Cpu, Cpus
 from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation
-from kernel.files import ACCEPT_MEMORY, FILES, cpu_list, is_file, is_writable, read_file, write_file
+from kernel.files import ACCEPT_MEMORY, cpu_list, files, is_file, is_writable, read_file, write_file
 from kernel.gfp import GFP_NAMES
 from kernel.kernel import Kernel
 from kernel.memory_hotplug import add_memory
@@ -45,10 +45,10 @@ def default_script(mainline: bool) -> list[Command]:
 
 def script_help() -> str:
     """The commands of a script, and the files that they can name."""
-    cpu_online = "/sys/devices/system/cpu/cpuN/online"
-    files = [[*FILES, cpu_online], [*(path for path in FILES if is_writable(path)), cpu_online]]
-    lists = ["\n".join(["", *(f"  {path}" for path in paths)]) for paths in files]
-    return HELP.replace(" FILES", lists[0]).replace(" WRITABLE", lists[1])
+    readable, writable = (
+        "".join(f"\n  {path}" for path, can_write in files() if can_write or not must) for must in (False, True)
+    )
+    return HELP.replace(" FILES", readable).replace(" WRITABLE", writable)
 
 
 class Shell:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from bootstub.protocol import MAINLINE, V9
+from guest.units import SZ_4G
 from kernel.events import CommandResult, FileRead, FileWrite
+from kernel.files import is_file, is_writable
 from kernel.runtime import parse_script
 from kernel.watermark import zone_wmarks
+from tdx.machine_type import MachineType
+from tools.numa import numa_nodes, parse_numa
 
 MIN, SCALE = "/proc/sys/vm/min_free_kbytes", "/proc/sys/vm/watermark_scale_factor"
 ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -88,6 +94,25 @@ def test_node_meminfo_agrees_with_meminfo(files):
     of_node = {line.split()[2]: int(line.split()[3]) for line in node.splitlines()}
     assert of_node.pop("MemUsed:") == numbers["MemTotal:"] - numbers["MemFree:"]
     assert all(of_node[name] == numbers[name] for name in ("MemTotal:", "MemFree:", "Unaccepted:"))
+
+
+@pytest.mark.parametrize("path", ["/proc/kcore", "/sys/devices/system/node/nodeN/meminfo", f"{CPU}/cpu02/online"])
+def test_what_is_no_file(path):
+    """Neither a pattern nor a number with a zero before it names a file."""
+    assert not is_file(path)
+    assert not is_writable(path)
+
+
+def test_nodes_have_files_of_their_own(files):
+    """Each node of a guest has a meminfo; their memory adds up to all. A node that is not there has none."""
+    nodes = numa_nodes(parse_numa("2"), MachineType().ram(SZ_4G))
+    path = "/sys/devices/system/node/node{}/meminfo"
+    script = "".join(f"cat {name}\n" for name in ("/proc/meminfo", *map(path.format, range(3))))
+    _, (whole, *of_nodes, missing) = files(script, nodes=nodes)
+    total = int(re.search(r"MemTotal: +(\d+) kB", whole)[1])
+    parts = [int(re.search(rf"Node {n} MemTotal: +(\d+) kB", text)[1]) for n, text in enumerate(of_nodes)]
+    assert sum(parts) == total
+    assert missing == ENOENT
 
 
 def test_cpus(files):
