@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
+        sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + "." * (not text.endswith("?")))
         if verb in arguments:  # the others are not imported
             import_module(f"tools.{verb}").add_arguments(sub)
     args = parser.parse_args(arguments)
