@@ -97,8 +97,8 @@ def test_memory(found, saved):
     assert e820["where"] == efi["where"] == "[0x180000000, 0x1c0000000) 1 GiB"
     assert (e820["a"]["value"], e820["b"]["value"]) == ("nothing", "usable")
     assert e820["b"]["author"].startswith("efi-stub bootstub.exit_boot.ExitBoot._store #")
-    assert efi["b"]["author"].startswith("efi-stub firmware.boot_services.EfiServices.get_memory_map #")
-    assert all("accept_memory #" in d["a"]["author"] or d["a"]["value"] == "nothing" for d in by_section["bitmap"])
+    assert efi["b"]["author"].startswith("efi-stub firmware.memory_services.MemoryServices.get_memory_map #")
+    assert all("_accept_units #" in d["a"]["author"] or d["a"]["value"] == "nothing" for d in by_section["bitmap"])
 
 
 def test_extended_table(found, file):

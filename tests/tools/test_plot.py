@@ -22,7 +22,7 @@ def test_svg(command, tmp_path):
     answer = command("boot", "--plot", svg)
     assert (answer.status, answer.err) == (0, "")
     found = texts(svg)
-    assert "accepted by the guest: 2492312 KiB" in found
+    assert "accepted by the guest: 2496408 KiB" in found
     assert "added by the host while it built the TD: 4200 KiB" in found
     assert "still unaccepted: 1701888 KiB" in found
     assert "Accepted memory of a TD with 4 GiB, accept_memory=lazy" in found

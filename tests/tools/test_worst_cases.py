@@ -24,7 +24,8 @@ def test_four_pib_with_a_hole_in_the_middle():
     notes = [str(r.event.as_dict().get("text", "")) for r in boot.trace.records]
     (size,) = [int(m[1], 16) for note in notes if (m := re.search(r"bitmap at 0x[0-9a-f]+, (0x[0-9a-f]+) bytes", note))]
     assert size == (256 << 20) + 1
-    (line,) = verdict_lines(boot)
+    *holes, line = verdict_lines(boot)
+    assert all(hole.startswith("known hole guard-bit: ") for hole in holes)
     assert line.startswith("bitmap and Secure EPT agree: ")
 
 
@@ -44,5 +45,6 @@ def test_four_hundred_descriptors():
     wanted = [(d.start, d.end, 1 if d.type == 15 else 2) for d in descriptors if d.start >= 1 << 32]
     assert high == wanted
     boot.run()
-    (line,) = verdict_lines(boot)
+    *holes, line = verdict_lines(boot)
+    assert all(hole.startswith("known hole guard-bit: ") for hole in holes)
     assert line.startswith("bitmap and Secure EPT agree: ")
