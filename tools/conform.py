@@ -24,8 +24,8 @@ from typing import Any
 
 from guest.errors import BootError, FormatError
 from tools.cli import script
-from tools.config import read_file
 from tools.conformance.left_out import LeftOut
+from tools.files import read_file
 from tools.parallel import in_parallel
 from tools.progress import counted
 from tools.render import add_json_option, json_text, print_table

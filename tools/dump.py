@@ -10,8 +10,8 @@ from pathlib import Path
 from bootstub.boot_params import BOOT_PARAMS_SIZE, check_size
 from guest.errors import FormatError
 from tools.cli import script
-from tools.config import file_path, read_file
 from tools.dump_boot_params import Row, dmesg_lines, rows, text_lines, to_json
+from tools.files import file_path, read_file
 from tools.render import add_json_option, hex_dump, json_text
 
 _SOURCE = "unaccepted dump boot-params --help"

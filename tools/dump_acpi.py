@@ -15,7 +15,7 @@ from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
 from guest.errors import FormatError
 from guest.records import RecordCopy
 from guest.units import SZ_16M, size_text
-from tools.config import read_file
+from tools.files import read_file
 from tools.maps.td import PREFIX, td_boot
 from tools.numa import numa_nodes, parse_numa
 from tools.pipeline import Boot

@@ -17,7 +17,7 @@ from firmware.hob import (
     walk_hobs,
 )
 from guest.units import size_text
-from tools.config import read_file
+from tools.files import read_file
 from tools.maps.td import PREFIX, td_boot
 
 _EFI_HOB_TYPE_GUID_EXTENSION = 4

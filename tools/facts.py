@@ -21,8 +21,9 @@ from guest.ranges import TOP
 from guest.records import RecordCopy, field_extents
 from guest.units import BITS_PER_BYTE, PMD_SIZE
 from guest.write_journal import Write, authors
-from tools.config import add_options, boot_config, file_path, read_file
+from tools.config import add_options, boot_config
 from tools.dump_boot_params import Row
+from tools.files import file_path, read_file
 from tools.handover import memory_map_of, peek, unaccepted_table
 from tools.maps.td import PREFIX, td_boot
 from tools.maps.words import efi_type_name

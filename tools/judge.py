@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.cli import script
-from tools.config import read_file
+from tools.files import read_file
 from tools.parallel import in_parallel
 from tools.progress import counted
 from tools.render import add_json_option, json_text

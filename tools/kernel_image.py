@@ -15,7 +15,7 @@ from bootstub.payload import decompress
 from bootstub.vmlinux import Vmlinux, kernel_total_size, load_segments
 from guest.errors import FormatError
 from guest.units import SZ_1M
-from tools.config import read_file
+from tools.files import read_file
 
 _ELF_MAGIC = b"\x7fELF"
 _GZIP_MAGIC = b"\x1f\x8b"

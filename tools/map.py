@@ -10,7 +10,7 @@ from typing import Any
 
 from guest.units import size_text
 from tools.cli import script
-from tools.config import MAP_OPTIONS, read_file
+from tools.files import read_file
 from tools.maps.bar import bar_lines
 from tools.maps.compare import Comparison, compare
 from tools.maps.kinds import spans, totals
@@ -19,6 +19,7 @@ from tools.maps.platform_map import PlatformMap
 from tools.maps.source import SourceOptions, read_map
 from tools.maps.words import efi_attribute_text, efi_type_name
 from tools.maps.write import WRITERS, kernel_table, table_lines
+from tools.options import MAP_OPTIONS
 from tools.render import add_json_option, json_text, print_table
 
 _EPILOG = (

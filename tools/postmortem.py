@@ -6,7 +6,7 @@ import argparse
 from contextlib import suppress
 
 from guest.errors import BootError, FormatError
-from tools.config import read_text
+from tools.files import read_text
 from tools.pipeline import Boot
 
 

@@ -16,8 +16,8 @@ from bootstub.boot_params import check_size
 from guest.errors import FormatError
 from guest.ranges import TOP
 from guest.write_journal import Write
-from tools.config import read_file
 from tools.facts import BOOT_PARAMS_FILE, FACTS_FILE, JOURNAL_FILE, BootJournal, Fact, Facts, Span, facts_json
+from tools.files import read_file
 from tools.render import json_text
 
 _SOURCE = "unaccepted boot --help, --save"

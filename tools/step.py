@@ -21,7 +21,8 @@ from guest.units import PHYSICAL_ADDRESS_END, size_text
 from guest.write_journal import authors
 from kernel.runtime import SYNTAX, Shell, script_help
 from tools.cli import script
-from tools.config import add_options, boot_config, read_text
+from tools.config import add_options, boot_config
+from tools.files import read_text
 from tools.pipeline import Boot, BootConfig
 from tools.postmortem import add_symbols_option, postmortem
 from tools.progress import StatusLine, interruptible

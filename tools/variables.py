@@ -15,7 +15,7 @@ from firmware.variables import (
     VariableAttribute,
 )
 from guest.errors import FormatError
-from tools.config import read_file
+from tools.files import read_file
 
 _GUID_LENGTH = 36
 _ATTRIBUTES = {

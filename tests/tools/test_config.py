@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guest.errors import BootError, FormatError
-from tools.config import add_options, boot_config, parse_memory
+from tools.config import add_options, boot_config
+from tools.options import parse_memory
 from tools.pipeline import BootConfig
 
 

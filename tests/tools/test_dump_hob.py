@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tools.config import parse_machine
+from tools.options import parse_machine
 from tools.pipeline import Boot, BootConfig
 
 GIB = 1 << 30

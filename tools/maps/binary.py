@@ -18,7 +18,7 @@ from firmware.memory_descriptor import (
 from guest.errors import FormatError
 from guest.records import RecordCopy
 from guest.units import SZ_16M
-from tools.config import file_path
+from tools.files import file_path
 from tools.maps.platform_map import PlatformMap, e820_map, efi_map
 
 BOOT_PARAMS_FORM = "boot_params"

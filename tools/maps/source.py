@@ -18,7 +18,7 @@ from firmware.memory_descriptor import MemoryDescriptor, check_map
 from firmware.tdvf import Tdvf
 from guest.errors import FormatError
 from guest.units import SZ_64M
-from tools.config import file_path, read_file
+from tools.files import file_path, read_file
 from tools.maps import binary, description, dmesg, firmware_memmap, memmap_args
 from tools.maps.platform_map import PlatformMap, mark_unaccepted
 from tools.maps.td import PREFIX, td_map

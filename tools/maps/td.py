@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from bootstub.sample_kernel import sample_bzimage
 from firmware.tdvf import Tdvf
-from tools.config import parse_machine, parse_memory
 from tools.maps.platform_map import PlatformMap, efi_map
+from tools.options import parse_machine, parse_memory
 from tools.pipeline import Boot, BootConfig
 
 PREFIX = "td:"
