@@ -76,7 +76,7 @@ class _Version(argparse.Action):
             text = version("unaccepted")
         except PackageNotFoundError:
             text = "(not installed)"
-        print(f"unaccepted {text}, kernel rules: v9")
+        print(f"unaccepted {text}, kernel rules: v9, mainline")
         parser.exit()
 
 

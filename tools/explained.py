@@ -61,6 +61,10 @@ EXPLAINED = (
         f"{_ON_TRUST}The first touch of memory that was never accepted ends the TD; no data is lost.", _HOB,
     ),
     Explanation(
+        "hob-stale", AcceptanceRule.BIT_CLEAR,
+        f"{_ON_TRUST}So td-shim leaves bits clear whose memory was never accepted; the first touch ends the TD.", _HOB,
+    ),
+    Explanation(
         "hob-accepted", AcceptanceRule.AGAIN,
         f"{_ON_TRUST}The module refuses the accept, which keeps the contents, and the firmware stops.", _HOB,
     ),

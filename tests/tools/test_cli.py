@@ -194,7 +194,7 @@ def test_help(command, words):
 
 def test_version(command):
     """The version names the kernel rules."""
-    assert command("--version").out.endswith(", kernel rules: v9\n")
+    assert command("--version").out.endswith(", kernel rules: v9, mainline\n")
 
 
 def test_as_a_program(file):
