@@ -128,6 +128,7 @@ def test_cpus(files):
         f"echo 0 > {CPU}/cpu2/online": EOPNOTSUPP,
         f"echo 2 > {CPU}/cpu1/online": EINVAL,
         f"echo 0 > {CPU}/cpu3/online": 2,
+        f"cat {CPU}/cpu0/online": ENOENT,
         f"cat {CPU}/cpu9/online": ENOENT,
         f"echo 1 > {CPU}/cpu9/online": ENOENT,
     }

@@ -106,7 +106,7 @@ def test_comments_and_empty_lines():
         "cat",
         "cat /etc/passwd",
         "cat /proc/meminfo /proc/vmstat",
-        "cat /sys/devices/system/cpu/cpu0/online",
+        "cat /sys/devices/system/cpu/cpu00/online",
         "cat /sys/devices/system/cpu/cpu12345/online",
         "echo all",
         f"echo all >{ACCEPT}",
