@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,7 @@ settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent / "golden"
 _seen: set[Path] = set()
+_OUTPUT = "golden files seen"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,9 +68,18 @@ def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Golden:
     return Golden(request, tmp_path)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended: what it has read was read."""
+    _seen.update(map(Path, node.workeroutput.get(_OUTPUT, ())))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A full run that passed fails after all if a golden file is left that no test reads."""
     config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput[_OUTPUT] = [str(path) for path in _seen]
+        return
     narrowed = config.getoption("keyword") or config.getoption("markexpr") or config.args_source.name == "ARGS"
     if narrowed or not session.testscollected or exitstatus != 0:
         return
