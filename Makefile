@@ -21,7 +21,7 @@ boot: $(READY)
 # Without artefacts the tests that need them are left out, but not in CI: there they fail.
 test: $(READY)
 	tests/artefacts.sh || test -z "$$CI"
-	$(RUN)/python -m pytest --numprocesses auto $(ARGS)
+	$(RUN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(RUN)/ruff check .

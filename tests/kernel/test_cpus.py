@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 
 import pytest
@@ -139,6 +140,7 @@ def test_ctrl_c():
     """Ctrl-C reaches the thread that waits for the CPUs; the one that runs is stopped at its next pause."""
     cpus, _ = new_cpus(3)
     before = threading.active_count()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
 
     def job(cpu):
         if cpu.number == 1:
@@ -146,8 +148,11 @@ def test_ctrl_c():
         while True:
             cpus.cond_resched()
 
-    with pytest.raises(KeyboardInterrupt):
-        run_all(cpus, job)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all(cpus, job)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert threading.active_count() == before
 
 
