@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_module(f"tools.{verb}").add_arguments(sub)
     args = parser.parse_args(arguments)
     try:
-        return int(import_module(f"tools.{args.verb}").run(args))
+        status = int(import_module(f"tools.{args.verb}").run(args))
+        sys.stdout.flush()  # here, where a reader that has gone is known
+        return status
     except BootError as error:
         return _refuse(str(error))
     except BrokenPipeError:
