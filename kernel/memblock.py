@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from guest.errors import BootError, GuestPanic
-from guest.ranges import Range
+from guest.ranges import TOP, Range
 from guest.units import PAGE_SIZE, PFN_DOWN, PFN_UP, round_down, round_up
 from kernel.memblock_debug import alloc_line, doubled_line, dump_lines, range_line
-from kernel.memblock_iter import free_mem_ranges
+from kernel.memblock_iter import free_mem_ranges, free_mem_ranges_reverse
 from kernel.memblock_type import (
     NUMA_NO_NODE,
     PHYS_ADDR_MAX,
@@ -311,8 +311,9 @@ class Memblock:
             end = self.current_limit
         start = max(start, PAGE_SIZE)
         end = max(start, end)
-        ranges = list(free_mem_ranges(self.memory, self.reserved, flags, self.movable_node, nid))
-        for free in ranges if self.bottom_up else reversed(ranges):
+        arrays = (self.memory, self.reserved, flags, self.movable_node, nid)
+        below = end if size else TOP  # nothing fits into no room
+        for free in free_mem_ranges(*arrays) if self.bottom_up else free_mem_ranges_reverse(*arrays, below):
             low, high = (min(max(address, start), end) for address in free)
             if self.bottom_up:
                 found = round_up(low, align)

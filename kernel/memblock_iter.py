@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import islice
 
@@ -26,6 +27,30 @@ def free_mem_ranges(
             if gap.start >= region.end:
                 break
             yield Range(max(gap.start, region.base), min(gap.end, region.end))
+
+
+def free_mem_ranges_reverse(
+    memory: MemblockType, reserved: MemblockType, flags: MemblockFlags, movable_node: bool, nid: int, below: int
+) -> Iterator[Range]:
+    """The same descending, but for ranges that begin at ``below`` or above (``for_each_free_mem_range_reverse``).
+
+    What is looked at is what is asked for: most callers take the first range or one soon after.
+    """
+    taken = reserved.regions
+    for region in reversed(memory.regions[: bisect_left(memory.regions, below, key=_base)]):
+        if nid not in (NUMA_NO_NODE, region.nid) or _should_skip_region(region, flags, movable_node):
+            continue
+        for number in range(bisect_left(taken, min(region.end, below), key=_base), -1, -1):
+            start = taken[number - 1].end if number else 0
+            end = taken[number].base if number < len(taken) else TOP
+            if end <= region.base:
+                break
+            if start < region.end:
+                yield Range(max(start, region.base), min(end, region.end))
+
+
+def _base(region: MemblockRegion) -> int:
+    return region.base
 
 
 def _gaps(reserved: MemblockType) -> list[Range]:
