@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class PagingLevels(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class KaslrChoice(Event):
+class KaslrChoice(Event, ABC):
     """What KASLR chooses from, before it draws: ``areas`` of physical places, ``align`` apart, for ``size`` bytes.
 
     ``hash`` is what the random numbers start from: build string and boot_params.
@@ -59,9 +60,9 @@ class KaslrChoice(Event):
         """Number of physical places."""
         return sum(area.num for area in self.areas)
 
+    @abstractmethod
     def place(self, random_long: RandomLong) -> tuple[int | None, int]:
         """Physical and virtual address, the former None without a place."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

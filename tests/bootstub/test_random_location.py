@@ -155,6 +155,7 @@ def test_what_the_loader_left_is_avoided(located):
     initrd = params["hdr.ramdisk_image"]
     kept = [(params.gpa, PAGE), (params["hdr.cmd_line_ptr"], 1), (initrd, 5 * MIB), (BASE, params["hdr.init_size"])]
     found = areas(boot)
+    assert found
     assert all(end <= at or at + size <= start for start, end in found for at, size in kept)
     assert all(end <= start for (_, end), (start, _) in pairwise(found))
 

@@ -15,6 +15,7 @@ import pytest
 from bootstub.sample_kernel import sample_bzimage
 from tools.cli import VERBS, main
 
+STRUCTURES = ("boot-params", "tdvf", "hob", "acpi", "kernel")
 REPOSITORY = Path(__file__).parents[2]
 PAYLOAD = 0x1000 + 0x2C0
 
@@ -183,13 +184,20 @@ def test_wrong_usage(command, words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([verb, "--help"] for verb in VERBS), ["dump", "boot-params", "--help"]]
+    "words", [[], *([verb] for verb in VERBS), *(["dump", structure] for structure in STRUCTURES)], ids=" ".join
 )
 def test_help(command, words):
-    """Help is an answer: exit status 0, on standard output."""
-    answer = command(*words)
+    """Help is an answer: exit status 0, on standard output; behind the usage a sentence says what is done."""
+    answer = command(*words, "--help")
     assert (answer.status, answer.err) == (0, "")
-    assert answer.out.startswith("usage: unaccepted")
+    assert answer.out.startswith(" ".join(["usage: unaccepted", *words]))
+    assert answer.out.split("\n\n")[1].rstrip()[-1] in ".?"
+
+
+def test_help_tells_the_exit_status(command):
+    """Every status that the command can end with is in its help."""
+    text = " ".join(command("--help").out.partition("Exit status: ")[2].split())
+    assert [part.split()[0] for part in text.split("; ")] == ["0", "1", "2", "130"]
 
 
 def test_version(command):
