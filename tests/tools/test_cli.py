@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,12 @@ from pathlib import Path
 import pytest
 
 from bootstub.sample_kernel import sample_bzimage
+from tests.bootstub.conftest import patch_kernel
 from tools.cli import VERBS, main
 
 STRUCTURES = ("boot-params", "tdvf", "hob", "acpi", "kernel")
 REPOSITORY = Path(__file__).parents[2]
 PAYLOAD = 0x1000 + 0x2C0
-
-
-def changed(*fields: tuple[int, str, int]) -> bytes:
-    """The sample bzImage with other fields."""
-    image = bytearray(sample_bzimage())
-    for offset, fmt, value in fields:
-        struct.pack_into("<" + fmt, image, offset, value)
-    return bytes(image)
 
 
 WRONG_KERNELS = {
@@ -36,14 +28,14 @@ WRONG_KERNELS = {
     "random": (random.Random(1).randbytes(20_000), "boot_flag"),
     "zeros": (bytes(20_000), "boot_flag"),
     "ELF": (b"\x7fELF" + bytes(20_000), "e_ident"),
-    "zImage": (changed((0x211, "B", 0)), "loadflags"),
-    "32 bits": (changed((0x236, "H", 0)), "xloadflags"),
-    "payload outside": (changed((0x248, "I", 0x7FFF_0000)), "payload_offset"),
-    "payload too long": (changed((0x24C, "I", 0x7FFF_0000)), "payload_length"),
-    "no payload": (changed((0x24C, "I", 0)), "payload_length"),
-    "alignment": (changed((0x230, "I", 3)), "kernel_alignment"),
-    "init_size": (changed((0x260, "I", 0)), "init_size"),
-    "handover": (changed((0x264, "I", 0xFFFF_FFFF)), "handover_offset"),
+    "zImage": (patch_kernel((0x211, "B", 0)), "loadflags"),
+    "32 bits": (patch_kernel((0x236, "H", 0)), "xloadflags"),
+    "payload outside": (patch_kernel((0x248, "I", 0x7FFF_0000)), "payload_offset"),
+    "payload too long": (patch_kernel((0x24C, "I", 0x7FFF_0000)), "payload_length"),
+    "no payload": (patch_kernel((0x24C, "I", 0)), "payload_length"),
+    "alignment": (patch_kernel((0x230, "I", 3)), "kernel_alignment"),
+    "init_size": (patch_kernel((0x260, "I", 0)), "init_size"),
+    "handover": (patch_kernel((0x264, "I", 0xFFFF_FFFF)), "handover_offset"),
 }
 
 
@@ -123,7 +115,7 @@ def test_file_with_wrong_contents(refused, file, tmp_path, option, contents, tex
 
 def test_unknown_compression(command, file):
     """A bad payload is found out when it is unpacked, where the decompressor has moved itself: the log ends there."""
-    kernel = file("kernel", changed((PAYLOAD, "I", 0x4F5A4C4D)))
+    kernel = file("kernel", patch_kernel((PAYLOAD, "I", 0x4F5A4C4D)))
     answer = command("boot", "--kernel", kernel)
     assert answer.status == 1
     assert answer.err.startswith("unaccepted: error: payload magic at 0x16564c0: found 4d4c5a4f")

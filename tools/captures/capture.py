@@ -47,7 +47,7 @@ class Capture:
         boot_params, dmesg = _read(directory / "boot_params.bin"), _read_text(directory, "dmesg.txt")
         for name, found in (("boot_params.bin", boot_params), ("dmesg.txt", dmesg)):
             if found is None:
-                raise _error(directory / name, "no such file", "a capture has one")
+                raise _error(directory / name, "no such file", "one in every capture")
         assert boot_params is not None and dmesg is not None
         if len(boot_params) != BOOT_PARAMS_SIZE:
             raise _error(directory / "boot_params.bin", f"{len(boot_params)} bytes", f"{BOOT_PARAMS_SIZE} bytes")
