@@ -1,5 +1,6 @@
-"""What an allocation does when the first look at the free lists gave nothing (mm/page_alloc.c,
-``__alloc_pages_slowpath``): kswapd, direct reclaim, the OOM killer. There is no compaction.
+"""What an allocation does when the first look at the free lists gave nothing: kswapd, direct reclaim, the OOM killer.
+
+There is no compaction. Source: mm/page_alloc.c, ``__alloc_pages_slowpath``.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ def _vmcall_name(regs: Registers) -> str:
 
 
 class RecordedModule(TdxModule):
-    """Our TDX module where the recorded one differs: 1 GiB pages, and a processor that tells its frequency (CPUID 0x16)
-    and has the features of ``hidden`` less.
+    """Our TDX module where the recorded one differs.
 
-    It keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
+    There are 1 GiB pages; the processor tells its frequency (CPUID 0x16) and has the features of ``hidden`` less. It
+    keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
     """
 
     def __init__(
