@@ -1,10 +1,10 @@
-"""Unicorn, and the cures for what its binding cannot do.
+"""Unicorn, and the cures for what its binding cannot do. What depends on its build is here, in ``cpu.build`` and in
+``cpu.rdrand``.
 
-What depends on its build is here, in ``cpu.build`` and in ``cpu.rdrand``. Unicorn 2.1.4 delivers no exception through
-the IDT, keeps a stale ``old_exception`` that turns the second page fault into a double fault, has no hook for RDTSC in
-Python, and is slow to read registers. The cure for all of them is to read and write the CPU's state directly. Where it
-lies is found when an engine is made; what lies where in it is known for one version, and checked before the engine is
-used.
+Unicorn 2.1.4 delivers no exception through the IDT, keeps a stale ``old_exception`` that turns the second page
+fault into a double fault, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of
+them is to read and write the CPU's state directly. Where it lies is found when an engine is made; what lies where
+in it is known for one version, and checked before the engine is used.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from guest.units import size_text
 from tools.cli import script
+from tools.files import read_file
 from tools.maps.bar import bar_lines
 from tools.maps.compare import Comparison, compare
 from tools.maps.kinds import spans, totals
@@ -18,7 +19,7 @@ from tools.maps.platform_map import PlatformMap
 from tools.maps.source import SourceOptions, read_map
 from tools.maps.words import efi_attribute_text, efi_type_name
 from tools.maps.write import WRITERS, kernel_table, table_lines
-from tools.options import MAP_OPTIONS, read_firmware
+from tools.options import MAP_OPTIONS
 from tools.render import add_json_option, json_text, print_table
 
 _EPILOG = (
@@ -74,7 +75,13 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> SourceOptions:
     given = {option.field: (option.read, getattr(args, option.field)) for option in MAP_OPTIONS}
     fields = {field: read(text) for field, (read, text) in given.items() if text is not None}
-    return SourceOptions(**fields, firmware=None if args.firmware is None else read_firmware(args.firmware))
+    return SourceOptions(**fields, firmware=None if args.firmware is None else _firmware(args.firmware))
+
+
+def _firmware(path: str) -> Any:
+    from firmware.tdvf import parse_tdvf
+
+    return parse_tdvf(read_file(path))
 
 
 def _show(platform: PlatformMap) -> None:

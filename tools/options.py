@@ -80,8 +80,7 @@ def _choice(option: str, choices: dict[str, Any]) -> Callable[[str], Any]:
     return read
 
 
-def read_firmware(path: str) -> Any:
-    """The TDX metadata of a firmware image, a ``Tdvf``."""
+def _firmware(path: str) -> Any:
     from firmware.tdvf import parse_tdvf
 
     return parse_tdvf(read_file(path))
@@ -249,7 +248,7 @@ OPTIONS = (
     Option("numa", "NODES", "NUMA nodes: a number, or sizes (1G,3G); ,hotplug=SIZE adds a window", "numa", _numa),
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
-    Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", read_firmware),
+    Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),
     Option("profile", "NAME", "how the firmware works: ovmf (default), or td-shim, without UEFI", "profile", _profile),
     Option(
         "accept-policy", "WHAT", "what the firmware accepts: below-4g (ovmf), all, or size=N (td-shim: 256M)",

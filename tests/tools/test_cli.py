@@ -15,7 +15,8 @@ from bootstub.sample_kernel import sample_bzimage
 from tests.bootstub.conftest import patch_kernel
 from tools.cli import VERBS, main
 
-STRUCTURES = ("boot-params", "tdvf", "hob", "acpi", "kernel")
+NEEDED = {"judge": ("--kernel", "unread"), "conform": ("unread",)}
+"""Arguments that a verb cannot do without."""
 REPOSITORY = Path(__file__).parents[2]
 PAYLOAD = 0x1000 + 0x2C0
 
@@ -175,9 +176,7 @@ def test_wrong_usage(command, words):
     assert "error: " in answer.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "words", [[], *([verb] for verb in VERBS), *(["dump", structure] for structure in STRUCTURES)], ids=" ".join
-)
+@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=" ".join)
 def test_help(command, words):
     """Help is an answer: exit status 0, on standard output; behind the usage a sentence says what is done."""
     answer = command(*words, "--help")
@@ -190,6 +189,31 @@ def test_help_tells_the_exit_status(command):
     """Every status that the command can end with is in its help."""
     text = " ".join(command("--help").out.partition("Exit status: ")[2].split())
     assert [part.split()[0] for part in text.split("; ")] == ["0", "1", "2", "130"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "explore --limit", "explore --jobs", "kaslr --seeds", "conform --limit", "conform --jobs", "judge --maps",
+        "judge --jobs",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "\u0663", "9" * 5000], ids=lambda number: ascii(number)[:10])
+def test_number_that_is_none(command, words, number):
+    """How many, counted from 1: anything else is wrong usage, told in words of the same kind by every verb."""
+    verb, option = words.split()
+    answer = command(verb, f"{option}={number}", *NEEDED.get(verb, ()))
+    assert (answer.status, answer.out) == (2, "")
+    expected = f"unaccepted {verb}: error: argument {option}: found {number[:80]!r}, expected a number from 1 "
+    assert answer.err.splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize("verb", ["explore", "conform", "judge"])
+def test_no_verb_starts_thousands_of_processes(command, verb):
+    """--jobs has an end."""
+    answer = command(verb, "--jobs", "1025", *NEEDED.get(verb, ()))
+    assert answer.status == 2
+    assert answer.err.endswith("argument --jobs: found '1025', expected a number from 1 to 1024\n")
 
 
 def test_version(command):
