@@ -6,7 +6,6 @@ Sources: drivers/firmware/efi/libstub/efi-stub-helper.c, efi_convert_cmdline() a
 from __future__ import annotations
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
-from bootstub.cmdline import COMMAND_LINE_SIZE
 from bootstub.efi_call import EfiCalls, EfiError
 from bootstub.exit_boot import ExitBoot
 from bootstub.protocol import Protocol
@@ -26,6 +25,7 @@ from guest.machine import Machine
 from guest.records import GuestRecord
 from tdx.guest import PlatformAccept
 
+COMMAND_LINE_SIZE = 2048
 EFI_SECURE_BOOT_UNKNOWN, EFI_SECURE_BOOT_DISABLED, EFI_SECURE_BOOT_ENABLED = 1, 2, 3
 
 _MAX_LOAD_OPTIONS = 1 << 20

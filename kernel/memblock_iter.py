@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from guest.ranges import TOP, Range
-from kernel.memblock_type import NUMA_NO_NODE, MemblockFlags, MemblockRegion, MemblockType, region_base
+from kernel.memblock_type import NUMA_NO_NODE, MemblockFlags, MemblockRegion, MemblockType
 
 
 def free_mem_ranges(
@@ -37,16 +37,20 @@ def free_mem_ranges_reverse(
     What is looked at is what is asked for: most callers take the first range or one soon after.
     """
     taken = reserved.regions
-    for region in reversed(memory.regions[: bisect_left(memory.regions, below, key=region_base)]):
+    for region in reversed(memory.regions[: bisect_left(memory.regions, below, key=_base)]):
         if nid not in (NUMA_NO_NODE, region.nid) or _should_skip_region(region, flags, movable_node):
             continue
-        for number in range(bisect_left(taken, min(region.end, below), key=region_base), -1, -1):
+        for number in range(bisect_left(taken, min(region.end, below), key=_base), -1, -1):
             start = taken[number - 1].end if number else 0
             end = taken[number].base if number < len(taken) else TOP
             if end <= region.base:
                 break
             if start < region.end:
                 yield Range(max(start, region.base), min(end, region.end))
+
+
+def _base(region: MemblockRegion) -> int:
+    return region.base
 
 
 def _gaps(reserved: MemblockType) -> list[Range]:

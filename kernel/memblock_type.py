@@ -10,7 +10,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from enum import IntFlag
 from errno import ENOMEM
-from operator import attrgetter
 from typing import NamedTuple
 
 PHYS_ADDR_MAX = (1 << 64) - 1
@@ -48,8 +47,8 @@ def memblock_cap_size(base: int, size: int) -> int:
     return base + min(size, PHYS_ADDR_MAX - base)
 
 
-region_base = attrgetter("base")
-"""The key by which arrays of regions are sorted."""
+def _base(region: MemblockRegion) -> int:
+    return region.base
 
 
 class MemblockType:
@@ -70,7 +69,7 @@ class MemblockType:
 
     def search(self, address: int) -> MemblockRegion | None:
         """The region that holds ``address`` (``memblock_search``)."""
-        index = bisect_right(self.regions, address, key=region_base) - 1
+        index = bisect_right(self.regions, address, key=_base) - 1
         if index >= 0 and address < self.regions[index].end:
             return self.regions[index]
         return None
@@ -78,7 +77,7 @@ class MemblockType:
     def overlaps_region(self, base: int, size: int) -> bool:
         """True if a region and the range share an address (``memblock_overlaps_region``)."""
         end = memblock_cap_size(base, size)
-        index = bisect_left(self.regions, end, key=region_base) - 1
+        index = bisect_left(self.regions, end, key=_base) - 1
         return index >= 0 and base < self.regions[index].end
 
     def add_range(self, base: int, size: int, flags: int = 0) -> int:
@@ -174,14 +173,14 @@ class MemblockType:
 
     def _overlapping(self, base: int, end: int) -> tuple[int, int]:
         """First and last index, exclusive, of the regions that share an address with ``[base, end)``."""
-        first = bisect_right(self.regions, base, key=region_base)
+        first = bisect_right(self.regions, base, key=_base)
         if first and self.regions[first - 1].end > base:
             first -= 1
-        return first, max(first, bisect_left(self.regions, end, key=region_base))
+        return first, max(first, bisect_left(self.regions, end, key=_base))
 
     def _cut(self, address: int) -> None:
         """Let a region begin at ``address`` if one goes across it."""
-        index = bisect_left(self.regions, address, key=region_base) - 1
+        index = bisect_left(self.regions, address, key=_base) - 1
         if index >= 0 and address < self.regions[index].end:
             region = self.regions[index]
             low = region._replace(size=address - region.base)

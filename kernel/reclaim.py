@@ -14,8 +14,10 @@ from kernel.buddy import ZoneBuddy
 from kernel.gfp import ALLOC_WMARK_HIGH, GFP_HIGHUSER_MOVABLE
 from kernel.page_alloc import PageAllocator
 from kernel.slowpath import MAX_RECLAIM_RETRIES
-from kernel.watermark import SWAP_CLUSTER_MAX
 from kernel.zone_watermark import wmark_pages, zone_watermark_ok
+
+SWAP_CLUSTER_MAX = 32
+"""Pages that one round of reclaim wants."""
 
 
 class PageCache:
