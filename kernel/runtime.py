@@ -136,7 +136,7 @@ class Shell:
         if missing:
             raise FormatError(
                 f"on cpu {missing[0]}", found="no such CPU online",
-                expected=f"some of {cpu_list(self.cpus.online).strip()}", source="boot --script help",
+                expected=f"some of {cpu_list(self.cpus.online).strip()}", source="unaccepted boot --script help",
             )  # fmt: skip
         cpus = [online[number] for number in command.cpus]
         self.cpus.run((cpu, job) for cpu in cpus)
