@@ -15,7 +15,7 @@ from firmware.memory_descriptor import MemoryDescriptor
 from firmware.srat import NodeRange
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE
-from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
+from kernel.efi_memmap import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
 from tools.maps.platform_map import MAX_ENTRIES, PlatformMap, e820_map, efi_map
 from tools.maps.words import number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
-from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
+from kernel.efi_memmap import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
 
 _NUMBER = re.compile(r"(?:0x(?P<hex>[0-9a-fA-F]{1,17})|(?P<decimal>[0-9]{1,20}))(?P<suffix>[KMGTPE]?)", re.ASCII)
 _TYPES = {name.lower(): number for number, name in enumerate(MEMORY_TYPE_NAMES)} | {
