@@ -31,25 +31,26 @@ MEMORY_TYPE_NAMES = (
 )
 """memory_type_name[] by EFI_MEMORY_TYPE."""
 
-ATTRIBUTE_COLUMNS = (
-    (EfiMemoryAttribute.EFI_MEMORY_RUNTIME, "RUN"),
-    (EfiMemoryAttribute.EFI_MEMORY_HOT_PLUGGABLE, "HP"),
-    (EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE, "MR"),
-    (EfiMemoryAttribute.EFI_MEMORY_CPU_CRYPTO, "CC"),
-    (EfiMemoryAttribute.EFI_MEMORY_SP, "SP"),
-    (EfiMemoryAttribute.EFI_MEMORY_NV, "NV"),
-    (EfiMemoryAttribute.EFI_MEMORY_XP, "XP"),
-    (EfiMemoryAttribute.EFI_MEMORY_RP, "RP"),
-    (EfiMemoryAttribute.EFI_MEMORY_WP, "WP"),
-    (EfiMemoryAttribute.EFI_MEMORY_RO, "RO"),
-    (EfiMemoryAttribute.EFI_MEMORY_UCE, "UCE"),
-    (EfiMemoryAttribute.EFI_MEMORY_WB, "WB"),
-    (EfiMemoryAttribute.EFI_MEMORY_WT, "WT"),
-    (EfiMemoryAttribute.EFI_MEMORY_WC, "WC"),
-    (EfiMemoryAttribute.EFI_MEMORY_UC, "UC"),
+ATTRIBUTE_COLUMNS: tuple[tuple[int, str], ...] = (
+    (EfiMemoryAttribute.EFI_MEMORY_RUNTIME.value, "RUN"),
+    (EfiMemoryAttribute.EFI_MEMORY_HOT_PLUGGABLE.value, "HP"),
+    (EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE.value, "MR"),
+    (EfiMemoryAttribute.EFI_MEMORY_CPU_CRYPTO.value, "CC"),
+    (EfiMemoryAttribute.EFI_MEMORY_SP.value, "SP"),
+    (EfiMemoryAttribute.EFI_MEMORY_NV.value, "NV"),
+    (EfiMemoryAttribute.EFI_MEMORY_XP.value, "XP"),
+    (EfiMemoryAttribute.EFI_MEMORY_RP.value, "RP"),
+    (EfiMemoryAttribute.EFI_MEMORY_WP.value, "WP"),
+    (EfiMemoryAttribute.EFI_MEMORY_RO.value, "RO"),
+    (EfiMemoryAttribute.EFI_MEMORY_UCE.value, "UCE"),
+    (EfiMemoryAttribute.EFI_MEMORY_WB.value, "WB"),
+    (EfiMemoryAttribute.EFI_MEMORY_WT.value, "WT"),
+    (EfiMemoryAttribute.EFI_MEMORY_WC.value, "WC"),
+    (EfiMemoryAttribute.EFI_MEMORY_UC.value, "UC"),
 )
-"""The columns of an attribute text, in the order in which the kernel prints them."""
+"""The columns of an attribute text, in the order in which the kernel prints them: bits as plain numbers."""
 
+_KNOWN_ATTRIBUTES = sum(flag for flag, _ in ATTRIBUTE_COLUMNS)
 _TYPEATTR_SIZE = 64
 
 
@@ -57,8 +58,7 @@ def efi_md_typeattr_format(d: MemoryDescriptor) -> str:
     """``[Boot Data   |RUN|  |...|UC]``; 63 characters at most, as the kernel's buffer cuts it."""
     name = MEMORY_TYPE_NAMES[d.type] if d.type < len(MEMORY_TYPE_NAMES) else f"type={d.type}"
     text = f"[{name:<12}"
-    known = sum(flag for flag, _ in ATTRIBUTE_COLUMNS)
-    if d.attribute & ~known:
+    if d.attribute & ~_KNOWN_ATTRIBUTES:
         text += f"|attr={d.attribute:#018x}]"
     else:
         text += "".join(f"|{word if d.attribute & flag else '':{len(word)}}" for flag, word in ATTRIBUTE_COLUMNS)

@@ -35,7 +35,7 @@ _SRAT_LINE = re.compile(
 _UNKNOWN_TYPE = re.compile(r"type=([0-9]{1,10})")
 _UNKNOWN_ATTRIBUTE = re.compile(r"attr=(0x[0-9a-f]{1,16})")
 _TYPES = {name: kind for kind, name in enumerate(MEMORY_TYPE_NAMES)}
-_ATTRIBUTES = {word: int(flag) for flag, word in ATTRIBUTE_COLUMNS}
+_ATTRIBUTES = {word: flag for flag, word in ATTRIBUTE_COLUMNS}
 
 
 def is_dmesg(text: str) -> bool:
