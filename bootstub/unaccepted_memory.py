@@ -6,14 +6,17 @@ Source: v9 07/14 and 08/14, arch/x86/boot/compressed/mem.c and bitmap.c.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from bootstub.efi_call import EfiCalls
 from firmware.efi_types import EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, DIV_ROUND_UP, PMD_SIZE, round_down, round_up
+
+if TYPE_CHECKING:
+    from bootstub.efi_call import EfiCalls
 
 Accept = Callable[[int, int], None]
 """``accept(start, end)``: accept that range now, or stop the stage."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
-from elftools.elf.elffile import ELFFile
 from elftools.elf.structs import ELFStructs
 
 from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
@@ -30,6 +29,7 @@ _IDENT = b"\x7fELF\x02\x01\x01"
 _EHDR_SIZE = 64
 _PHDR_SIZE = 56
 _E_MACHINE_OFFSET = 18
+_E_SHOFF = slice(40, 48)
 _E_PHENTSIZE_OFFSET = 54
 
 
@@ -105,7 +105,7 @@ def kernel_total_size(data: bytes, kernel: Vmlinux) -> int:
     """
     start = min(segment.p_paddr for segment in kernel.segments)
     try:
-        brk = ELFFile(io.BytesIO(data)).get_section_by_name(".brk")
+        brk = _section(data, ".brk")
     except (ELFError, ConstructError, UnicodeDecodeError, OverflowError) as error:
         raise FormatError(
             "section headers", at=0, found=f"{type(error).__name__}: {error}"[:80], expected="names of sections",
@@ -115,6 +115,15 @@ def kernel_total_size(data: bytes, kernel: Vmlinux) -> int:
         return max(segment.p_paddr + segment.p_memsz for segment in kernel.segments) - start
     text = min(segment.p_vaddr for segment in kernel.segments if segment.p_paddr == start)
     return round_up(brk["sh_addr"] + brk["sh_size"], PAGE_SIZE) - text
+
+
+def _section(data: bytes, name: str) -> Any:
+    """The section of that name, or None."""
+    if not any(data[_E_SHOFF]):
+        return None
+    from elftools.elf.elffile import ELFFile  # slow to import: all that it knows of debugging information comes along
+
+    return ELFFile(io.BytesIO(data)).get_section_by_name(name)
 
 
 def _check_ident(data: bytes) -> None:

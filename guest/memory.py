@@ -63,6 +63,8 @@ class PhysicalMemory:
         """The bytes of ``[start, end)`` themselves, as ``(address, bytes)`` pieces; to change them ask for "write"."""
         if self.on_write is not None and kind == "write":
             self.on_write(start, end)
+        if 0 <= start < end <= PHYSICAL_ADDRESS_END and start // WINDOW_SIZE == (end - 1) // WINDOW_SIZE:
+            return iter(((start, self.view(start, end - start)),))
         return ((low, self.view(low, high - low)) for low, high in self.pieces(start, end))
 
     def clear(self, start: int, end: int) -> None:
@@ -174,7 +176,7 @@ class GuestMemory:
         self._admit(start, end - start, kind)
         if kind == "write":
             self.writes.append((self._trace.count, start, end))
-        yield from self._physical.views(start, end, kind)
+        return self._physical.views(start, end, kind)
 
     def _admit(self, gpa: int, size: int, kind: AccessKind) -> None:
         if not self._low <= gpa <= gpa + size <= self._high:

@@ -76,6 +76,8 @@ class RangeMap(Generic[T]):
         starts, values = self._starts, self._values
         first = bisect_left(starts, start)
         last = bisect_left(starts, end)
+        if first == last and values[first - 1] == value:
+            return
         new_starts, new_values = [], []
         if first == 0 or values[first - 1] != value:
             new_starts.append(start)
@@ -150,6 +152,11 @@ class RangeSet:
     def covers(self, start: int, end: int) -> bool:
         """True if every address of ``[start, end)`` is in the set."""
         return start == end or (self._map[start] and self._map.run_at(start)[1] >= end)
+
+    def end_at(self, address: int) -> int:
+        """Where the range that holds ``address`` ends; ``address`` itself if none does."""
+        _, end, present = self._map.run_at(address)
+        return end if present else address
 
     def overlaps(self, start: int, end: int) -> bool:
         """True if some address of ``[start, end)`` is in the set."""

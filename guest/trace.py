@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from guest.clock import VirtualClock
 
@@ -55,8 +55,7 @@ class ServiceCall(Event):
     status: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """An event with its number, stage and virtual time in nanoseconds."""
 
     number: int

@@ -22,12 +22,13 @@ from firmware.efi_types import (
     EfiMemoryType,
     guid_bytes,
 )
-from firmware.memory_descriptor import MemoryDescriptor, unpack_map
+from firmware.memory_descriptor import unpack_map
 from firmware.tables import EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.machine import Machine
 from guest.ranges import Range
 from guest.records import GuestRecord
 from guest.units import BITS_PER_BYTE, PAGE_SHIFT, PAGE_SIZE, PFN_DOWN, PFN_UP, SZ_1M, SZ_64K, round_down, round_up
+from kernel.efi_memmap import memmap_lines
 from kernel.kernel import Kernel
 from kernel.page_alloc import PageAllocator
 from kernel.unaccepted_memory import UnacceptedMemory
@@ -50,67 +51,6 @@ _MAX_BITMAP_SIZE = 1 << 28
 _MEMATTR_HEADER_SIZE = 16
 _VENDOR_SIZE = 100
 _MMIO_KEPT_BELOW = 4 * SZ_64K
-
-MEMORY_TYPE_NAMES = (
-    "Reserved",
-    "Loader Code",
-    "Loader Data",
-    "Boot Code",
-    "Boot Data",
-    "Runtime Code",
-    "Runtime Data",
-    "Conventional",
-    "Unusable",
-    "ACPI Reclaim",
-    "ACPI Mem NVS",
-    "MMIO",
-    "MMIO Port",
-    "PAL Code",
-    "Persistent",
-    "Unaccepted",
-)
-"""memory_type_name[] by EFI_MEMORY_TYPE."""
-
-ATTRIBUTE_COLUMNS = (
-    (EfiMemoryAttribute.EFI_MEMORY_RUNTIME, "RUN"),
-    (EfiMemoryAttribute.EFI_MEMORY_HOT_PLUGGABLE, "HP"),
-    (EfiMemoryAttribute.EFI_MEMORY_MORE_RELIABLE, "MR"),
-    (EfiMemoryAttribute.EFI_MEMORY_CPU_CRYPTO, "CC"),
-    (EfiMemoryAttribute.EFI_MEMORY_SP, "SP"),
-    (EfiMemoryAttribute.EFI_MEMORY_NV, "NV"),
-    (EfiMemoryAttribute.EFI_MEMORY_XP, "XP"),
-    (EfiMemoryAttribute.EFI_MEMORY_RP, "RP"),
-    (EfiMemoryAttribute.EFI_MEMORY_WP, "WP"),
-    (EfiMemoryAttribute.EFI_MEMORY_RO, "RO"),
-    (EfiMemoryAttribute.EFI_MEMORY_UCE, "UCE"),
-    (EfiMemoryAttribute.EFI_MEMORY_WB, "WB"),
-    (EfiMemoryAttribute.EFI_MEMORY_WT, "WT"),
-    (EfiMemoryAttribute.EFI_MEMORY_WC, "WC"),
-    (EfiMemoryAttribute.EFI_MEMORY_UC, "UC"),
-)
-"""The columns of an attribute text, in the order in which the kernel prints them."""
-
-_TYPEATTR_SIZE = 64
-
-
-def efi_md_typeattr_format(d: MemoryDescriptor) -> str:
-    """``[Boot Data   |RUN|  |...|UC]``; 63 characters at most, as the kernel's buffer cuts it."""
-    name = MEMORY_TYPE_NAMES[d.type] if d.type < len(MEMORY_TYPE_NAMES) else f"type={d.type}"
-    text = f"[{name:<12}"
-    known = sum(flag for flag, _ in ATTRIBUTE_COLUMNS)
-    if d.attribute & ~known:
-        text += f"|attr={d.attribute:#018x}]"
-    else:
-        text += "".join(f"|{word if d.attribute & flag else '':{len(word)}}" for flag, word in ATTRIBUTE_COLUMNS)
-        text += "]"
-    return text[: _TYPEATTR_SIZE - 1]
-
-
-def memmap_lines(descriptors: list[MemoryDescriptor]) -> Iterator[str]:
-    """The lines of efi_print_memmap()."""
-    for number, d in enumerate(descriptors):
-        attributes, size = efi_md_typeattr_format(d), d.end - d.start
-        yield f"efi: mem{number:02}: {attributes} range=[{d.start:#018x}-{d.end - 1:#018x}] ({size // SZ_1M}MB)"
 
 
 def efi_memblock_x86_reserve_range(kernel: Kernel) -> None:

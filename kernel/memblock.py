@@ -313,8 +313,10 @@ class Memblock:
         end = max(start, end)
         arrays = (self.memory, self.reserved, flags, self.movable_node, nid)
         below = end if size else TOP  # nothing fits into no room
-        for free in free_mem_ranges(*arrays) if self.bottom_up else free_mem_ranges_reverse(*arrays, below):
-            low, high = (min(max(address, start), end) for address in free)
+        for free, taken in free_mem_ranges(*arrays) if self.bottom_up else free_mem_ranges_reverse(*arrays, below):
+            if taken - free < size:
+                continue
+            low, high = min(max(free, start), end), min(max(taken, start), end)
             if self.bottom_up:
                 found = round_up(low, align)
                 fits = found < high and found + size <= high

@@ -31,7 +31,7 @@ def free_mem_ranges(
 
 def free_mem_ranges_reverse(
     memory: MemblockType, reserved: MemblockType, flags: MemblockFlags, movable_node: bool, nid: int, below: int
-) -> Iterator[Range]:
+) -> Iterator[tuple[int, int]]:
     """The same descending, but for ranges that begin at ``below`` or above (``for_each_free_mem_range_reverse``).
 
     What is looked at is what is asked for: most callers take the first range or one soon after.
@@ -40,13 +40,16 @@ def free_mem_ranges_reverse(
     for region in reversed(memory.regions[: bisect_left(memory.regions, below, key=_base)]):
         if nid not in (NUMA_NO_NODE, region.nid) or _should_skip_region(region, flags, movable_node):
             continue
-        for number in range(bisect_left(taken, min(region.end, below), key=_base), -1, -1):
-            start = taken[number - 1].end if number else 0
-            end = taken[number].base if number < len(taken) else TOP
-            if end <= region.base:
-                break
-            if start < region.end:
-                yield Range(max(start, region.base), min(end, region.end))
+        base, region_end = region.base, region.end
+        number = bisect_left(taken, min(region_end, below), key=_base)
+        end = taken[number].base if number < len(taken) else TOP
+        while end > base:
+            number -= 1
+            before, size = taken[number][:2] if number >= 0 else (0, 0)
+            start = before + size
+            if start < region_end:
+                yield (start if start > base else base), (end if end < region_end else region_end)
+            end = before
 
 
 def _base(region: MemblockRegion) -> int:

@@ -197,7 +197,7 @@ class MemblockType:
         for region in self.regions[first : last + 1]:
             before = merged[-1] if merged else None
             if before and before.end == region.base and before[2:] == region[2:]:
-                merged[-1] = before._replace(size=before.size + region.size)
+                merged[-1] = MemblockRegion(before.base, before.size + region.size, *before[2:])
             else:
                 merged.append(region)
         self.regions[first : last + 1] = merged

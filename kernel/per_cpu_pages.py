@@ -168,12 +168,14 @@ class TunedPages(PerCpuPages):
 
     def free(self, pfn: int, migratetype: int, order: int) -> None:
         self.alloc_factor >>= 1
-        free_high = self._freed_high_order
-        self._freed_high_order = 0 < order <= PAGE_ALLOC_COSTLY_ORDER
-        pindex = order_to_pindex(migratetype, order) if order else migratetype
+        free_high, is_high, pindex = False, False, migratetype
+        if order:
+            is_high = order <= PAGE_ALLOC_COSTLY_ORDER
+            free_high = is_high and self._freed_high_order and self.free_count >= self.batch
+            pindex = order_to_pindex(migratetype, order)
+        self._freed_high_order = is_high
         self.lists[pindex].appendleft(pfn)
         count = self.count = self.count + (1 << order)
-        free_high = free_high and self._freed_high_order and self.free_count >= self.batch
         if self.free_count < self.batch << PCP_BATCH_SCALE_MAX:
             self.free_count += 1 << order
         if count >= self.high or free_high or self._buddy.below_high or self._buddy.reclaim_active:

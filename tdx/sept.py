@@ -123,7 +123,7 @@ class SecureEpt:
         if leaf.level >= level and leaf.state is not SeptState.FREE and not self._has_blocked_tables:
             return start, end, leaf
         low, high = 0, TOP
-        for upper in range(self.top, level - 1, -1):
+        for upper in range(self._lowest_table(gpa, level), level - 1, -1):
             table_start, table_end, table = self._tables[upper].run_at(gpa)
             low, high = max(low, table_start), min(high, table_end)
             if table.state is SeptState.FREE:
@@ -131,6 +131,15 @@ class SecureEpt:
             if upper == level or table.state is SeptState.NL_BLOCKED:
                 return low, high, table
         return max(low, start), min(high, end), leaf if leaf.state is not SeptState.FREE else _FREE_AT[upper]
+
+    def _lowest_table(self, gpa: int, level: int) -> int:
+        """A level that a walk to ``level`` can begin at: tables stand above a table, and only blocked ones matter."""
+        if self._has_blocked_tables:
+            return self.top
+        for upper in range(level + 1, self.top):
+            if self._tables[upper][gpa].state is not SeptState.FREE:
+                return upper
+        return self.top
 
     # Locks: bit 11 of an entry, held by the host from one operation to another
 

@@ -5,6 +5,8 @@ Source: Intel TDX Module 1.5, TDG.VP.*; TDX_1.5.01, tdg_vp_*.c.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from guest.registers import Registers
 from tdx.status import TDX_NO_VALID_VE_INFO, TDX_OPERAND_INVALID, TDX_SUCCESS, OperandId
 from tdx.td import Td
@@ -49,9 +51,16 @@ def vp_vmcall(td: Td, regs: Registers) -> int:
     mask = regs.rcx
     if mask & _VMCALL_MASK_FORBIDDEN or (td.config.no_rbp_mod and mask >> _RBP & 1):
         return TDX_OPERAND_INVALID | OperandId.RCX
-    exposed = [name for bit, name in _VMCALL_REGISTERS.items() if mask >> bit & 1]
-    seen = Registers(**{name: getattr(regs, name) for name in exposed})
+    exposed, seen = _exposed(mask), Registers()
+    for name in exposed:
+        setattr(seen, name, getattr(regs, name))
     td.host.tdvmcall(seen)
     for name in exposed:
         setattr(regs, name, getattr(seen, name))
     return TDX_SUCCESS
+
+
+@lru_cache
+def _exposed(mask: int) -> tuple[str, ...]:
+    """The registers of a mask: a guest uses few different ones."""
+    return tuple(name for bit, name in _VMCALL_REGISTERS.items() if mask >> bit & 1)

@@ -114,8 +114,8 @@ def _map_gpa(host: VmCallHost, gpa: int, size: int) -> tuple[VmCallStatus, int]:
 def _how_far(policy: VmCallPolicy, start: int, end: int, shared: int) -> tuple[VmCallStatus, int]:
     """Status of a MapGPA of ``[start, end)`` and where it stops. ``shared`` is the shared bit, if it is set."""
     status, stop = VmCallStatus.SUCCESS, end
-    bad = next(iter(policy.refused.within(start, end)), None)
-    if bad is not None:  # the piece that holds it is refused as a whole
+    if policy.refused.overlaps(start, end):  # the piece that holds a bad address is refused as a whole
+        bad = next(policy.refused.within(start, end))
         status, stop = policy.refusal, bad.start - (bad.start - start) % MAP_GPA_PIECE
     if policy.has_event is not None:
         for at in range(start + MAP_GPA_PIECE, min(stop + 1, end), MAP_GPA_PIECE):

@@ -213,8 +213,7 @@ class Host:
 
     def _ram_pages(self, gpa: int, size: int, count: int) -> int:
         """How many of the ``count`` pages from ``gpa`` on lie wholly in RAM, without a gap."""
-        run = next(self.ram.within(gpa, gpa + count * size), None)
-        return run.size // size if run is not None and run.start == gpa else 0
+        return min(count, (self.ram.end_at(gpa) - gpa) // size)
 
     def _exits(self, gpa: int, level: int, count: int) -> None:
         self.clock.advance(count * self.costs.td_exit)

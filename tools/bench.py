@@ -26,8 +26,8 @@ from kernel.page_alloc import PageAllocator
 from tdx.leaves import Leaf
 from tdx.sept import LEVEL_2M
 from tdx.status import TDX_SUCCESS
+from tools.output import print_table
 from tools.pipeline import Boot, BootConfig
-from tools.render import print_table
 
 _WORST_CASE = Path(__file__).parent.parent / "tests" / "samples" / "maps" / "worst-case-4-pib.toml"
 SZ_1T = SZ_1G << 10

@@ -17,19 +17,11 @@ from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.cpu_report import cpu_rows, cpus_json
 from tools.milestones import milestone_rows, milestones, milestones_json
+from tools.output import add_json_option, json_text, print_table
 from tools.pipeline import Boot
 from tools.postmortem import add_symbols_option, postmortem
 from tools.progress import StatusLine, interruptible
-from tools.render import (
-    LogText,
-    add_json_option,
-    json_text,
-    log_lines,
-    print_table,
-    record_json,
-    summary_json,
-    summary_rows,
-)
+from tools.render import LogText, log_lines, record_json, summary_json, summary_rows
 from tools.report import summarize
 from tools.until import add_until_option, resolve_until
 from tools.verdict import bitmap, verdict_lines

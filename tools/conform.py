@@ -26,9 +26,9 @@ from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
 from tools.conformance.left_out import LeftOut
 from tools.files import read_file
+from tools.output import add_json_option, json_text, print_table
 from tools.parallel import in_parallel
 from tools.progress import counted
-from tools.render import add_json_option, json_text, print_table
 
 FAMILIES = {
     "v9": False,

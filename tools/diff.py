@@ -17,7 +17,7 @@ from guest.units import size_text
 from tools.cli import script
 from tools.dump_boot_params import rows
 from tools.facts import Fact, Facts, Span, facts_of, first_of
-from tools.render import add_json_option, json_text
+from tools.output import add_json_option, json_text
 
 _E820_TABLE = "e820_table"
 _NOTHING = Fact("nothing", "")

@@ -12,7 +12,7 @@ from guest.errors import FormatError
 from tools.cli import script
 from tools.dump_boot_params import Row, dmesg_lines, rows, text_lines, to_json
 from tools.files import file_path, read_file
-from tools.render import add_json_option, hex_dump, json_text
+from tools.output import add_json_option, hex_dump, json_text
 
 _SOURCE = "unaccepted dump boot-params --help"
 LIVE_BOOT_PARAMS = "/sys/kernel/boot_params/data"

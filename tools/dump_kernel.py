@@ -26,7 +26,7 @@ from guest.records import field_extents
 from guest.units import PAGE_SIZE, SZ_64K, round_up, size_text
 from tools.dump_kernel_pe import pe_json, pe_text, read_pe_header
 from tools.kernel_image import KernelImage
-from tools.render import hex_dump
+from tools.output import hex_dump
 
 _BANNER = re.compile(rb"Linux version [\x20-\x7e]{1,500}")
 _KERNEL_INFO, _KERNEL_INFO_MAGIC = struct.Struct("<4sIII"), b"LToP"

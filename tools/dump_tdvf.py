@@ -19,7 +19,7 @@ from firmware.tdvf import (
 )
 from guest.errors import FormatError
 from guest.units import SZ_4G
-from tools.render import hex_dump
+from tools.output import hex_dump
 
 _NO_TDX = "no TDX metadata: no TD can be built from this image"
 _ATTRIBUTES = ((ATTRIBUTE_MR_EXTEND, "MR.EXTEND"), (ATTRIBUTE_PAGE_AUG, "PAGE.AUG"))

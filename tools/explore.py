@@ -29,9 +29,9 @@ from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.explained import EXPLAINED, explain
 from tools.journal import Journal
+from tools.output import print_table
 from tools.parallel import in_parallel
 from tools.pipeline import BootConfig
-from tools.render import print_table
 from tools.trial import OUTCOMES, Stages, Trial, contents, try_fault
 
 _ACCEPT = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name

@@ -17,9 +17,9 @@ from guest.units import U64_MAX
 from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
 from tools.files import read_file
+from tools.output import add_json_option, json_text
 from tools.parallel import in_parallel
 from tools.progress import counted
-from tools.render import add_json_option, json_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ from guest.units import round_down, size_text
 from tools.arguments import number_from
 from tools.cli import script
 from tools.config import add_options, boot_config
+from tools.output import add_json_option, json_text, print_table
 from tools.pipeline import Boot, BootConfig, stages_of
-from tools.render import add_json_option, json_text, print_table
 
 _MEMORY, _PROTOCOLS, _CMDLINE = ("4G", "64G"), ("v9", "mainline"), "efi=debug"
 _BUCKETS, _BAR = 16, 40

@@ -20,7 +20,7 @@ from tools.maps.source import SourceOptions, read_map
 from tools.maps.words import efi_attribute_text, efi_type_name
 from tools.maps.write import WRITERS, kernel_table, table_lines
 from tools.options import MAP_OPTIONS
-from tools.render import add_json_option, json_text, print_table
+from tools.output import add_json_option, json_text, print_table
 
 _EPILOG = (
     "SOURCE: a kernel's log (efi=debug, or BIOS-e820 lines), JSON, TOML, memmap=exactmap parameters, boot_params, raw "

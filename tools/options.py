@@ -11,8 +11,8 @@ from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_2M, SZ_16M, memparse
 from tdx.backing import MIXED
 from tdx.faults import KINDS, Rule, parse_rule
 from tools.files import read_file, read_text
-from tools.pipeline import DEFAULT_CMDLINE
 
+DEFAULT_CMDLINE = "nokaslr efi=debug"
 _MAX_MEMORY = 1 << 50
 _MAX_RAM_BELOW_4G = range(SZ_16M, 0xE000_0000 + 1, SZ_2M)
 _MAX_TIMEOUT = 1 << 20

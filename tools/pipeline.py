@@ -57,6 +57,7 @@ from tdx.sept import LEVEL_2M, SecureEpt
 from tdx.vmm import Host
 from tools.border import check_border
 from tools.handover import peek
+from tools.options import DEFAULT_CMDLINE
 
 if TYPE_CHECKING:  # unicorn is an extra
     from cpu.run import RealCode
@@ -66,7 +67,6 @@ GPAW_ABOVE_2_PIB = 53
 """For maps with RAM above 2^51, where a TD of 52 bits has its shared half: no TDX module has so many bits."""
 GPAW_REAL_CODE = 40
 """Guest physical address width where an emulated CPU runs: unicorn has 40 bits of physical address."""
-DEFAULT_CMDLINE = "nokaslr efi=debug"
 REAL_KERNEL_CMDLINE = f"{DEFAULT_CMDLINE} earlyprintk=serial,ttyS0,115200 console=ttyS0 printk.devkmsg=on"
 """A real kernel prints to the serial port only if it is told to."""
 

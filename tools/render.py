@@ -1,11 +1,8 @@
-"""Rows and events as text and as JSON. Both come from the same values."""
+"""What a boot did, as text and as JSON: its events, its log, its table of stages. Both come from the same values."""
 
 from __future__ import annotations
 
-import argparse
 import errno
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
@@ -31,7 +28,6 @@ from tdx.status import status_name
 from tools.pipeline import KERNEL_STAGES
 from tools.report import StageSummary
 
-_HEX_LINE = 16
 _LEVELS = ("4K", "2M", "1G", "512G", "256T")
 _SCRIPT_EVENTS = FileWrite | Allocation | ParallelAllocation | MemoryRead | MemoryAdded | CommandResult
 _AUG = SeamLeaf.TDH_MEM_PAGE_AUG.spec_name
@@ -185,28 +181,6 @@ def _kib(size: int) -> str:
     return f"{size >> 10} KiB"
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, all others to the right; with rich on a terminal."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*headers, box=None, header_style="bold")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[column]) for row in [headers, *rows]) for column in range(len(headers))]
-    for row in [headers, *rows]:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        print("  ".join(cells).rstrip())
-
-
 def summary_json(stages: Iterable[StageSummary]) -> list[dict[str, Any]]:
     """The table of stages as JSON values."""
     return [
@@ -239,23 +213,3 @@ def _json_value(name: str, value: object) -> object:
     if isinstance(value, int) and not isinstance(value, Enum) and name in _ADDRESSES:
         return f"{value:#x}"
     return value
-
-
-def hex_dump(data: bytes, base: int = 0) -> list[str]:
-    """The bytes as xxd(1) shows them; the first one is at address ``base``."""
-    return [_hex_line(base + at, data[at : at + _HEX_LINE]) for at in range(0, len(data), _HEX_LINE)]
-
-
-def _hex_line(at: int, piece: bytes) -> str:
-    text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)
-    return f"{at:08x}: {piece.hex(' ', -2):<39}  {text}"
-
-
-def add_json_option(parser: argparse._ActionsContainer) -> None:
-    """Give ``parser`` the option that every verb with facts has: ``--json``, pretty unless told otherwise."""
-    parser.add_argument("--json", nargs="?", const="pretty", choices=("pretty", "short"), help="print JSON")
-
-
-def json_text(data: object, form: str) -> str:
-    """``data`` as JSON: ``pretty`` with an indent, ``short`` in one line."""
-    return json.dumps(data, indent=2) if form == "pretty" else json.dumps(data, separators=(",", ":"))

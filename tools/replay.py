@@ -11,7 +11,7 @@ from tools.captures.capture import Capture
 from tools.captures.compare import Row
 from tools.captures.replay import compare, replay
 from tools.cli import script
-from tools.render import add_json_option, json_text, print_table
+from tools.output import add_json_option, json_text, print_table
 
 SHOWN = 3
 """Differences of a subject that are printed, unless all are asked for."""

@@ -18,7 +18,7 @@ from guest.ranges import TOP
 from guest.write_journal import Write
 from tools.facts import BOOT_PARAMS_FILE, FACTS_FILE, JOURNAL_FILE, BootJournal, Fact, Facts, Span, facts_json
 from tools.files import read_file
-from tools.render import json_text
+from tools.output import json_text
 
 _SOURCE = "unaccepted boot --help, --save"
 _HEX = re.compile(r"0x[0-9a-f]{1,17}")

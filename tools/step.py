@@ -23,10 +23,11 @@ from kernel.runtime import SYNTAX, Shell, script_help
 from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.files import read_text
+from tools.output import hex_dump
 from tools.pipeline import Boot, BootConfig
 from tools.postmortem import add_symbols_option, postmortem
 from tools.progress import StatusLine, interruptible
-from tools.render import LogText, event_text, hex_dump
+from tools.render import LogText, event_text
 from tools.until import add_until_option, resolve_until
 
 MAX_MEM = 1 << 16

@@ -24,6 +24,7 @@ OUTCOMES = ("went on", "stopped", "explained", "violation")
 DATA_CHANGED = "memory differs from the plain boot's"
 STOPPED = "stopped"
 PLAIN = "none"
+_ZEROS = bytes(SZ_1M)
 
 Stages = Mapping[str, Callable[[Boot], None]]
 Contents = tuple[tuple[int, int, bytes], ...]
@@ -99,10 +100,11 @@ def contents(boot: Boot) -> Contents:
 
 def _add_pages_in_use(boot: Boot, found: RangeSet, start: int, end: int) -> None:
     data = boot.physical.read(start, end - start)
-    if not any(data):
+    if data == _ZEROS[: len(data)]:
         return
+    zero_page = _ZEROS[:PAGE_SIZE]
     for offset in range(0, len(data), PAGE_SIZE):
-        if any(data[offset : offset + PAGE_SIZE]):
+        if data[offset : offset + PAGE_SIZE] != zero_page:
             found.add(start + offset, start + offset + PAGE_SIZE)
 
 

@@ -14,8 +14,9 @@ from cpu import rdrand
 from cpu.binding import RAX, RDX, Engine, self_test
 from cpu.build import EngineError
 from guest.units import SZ_1G, SZ_64M
+from tools.output import json_text
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
-from tools.render import json_text, record_json
+from tools.render import record_json
 
 CODE = b"\x48\x0f\xc7\xf0\x48\x0f\xc7\xfa\xcc"  # rdrand rax; rdseed rdx; int3
 UNTIL = "Inode-cache hash table entries"

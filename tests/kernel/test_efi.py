@@ -8,7 +8,7 @@ import pytest
 
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import FormatError
-from kernel.efi import efi_md_typeattr_format, memmap_lines
+from kernel.efi_memmap import efi_md_typeattr_format, memmap_lines
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BOOT_CODE, BOOT_DATA, CONVENTIONAL, MMIO = 3, 4, 7, 11

@@ -27,5 +27,5 @@ def test_descending_is_ascending_from_behind(memory, reserved, nid, flags, below
     arrays = (block.memory, block.reserved, flags, False, nid)
     ascending = list(free_mem_ranges(*arrays))
     assert list(free_mem_ranges_reverse(*arrays, TOP)) == ascending[::-1]
-    low = [free for free in free_mem_ranges_reverse(*arrays, below) if free.start < below]
+    low = [free for free in free_mem_ranges_reverse(*arrays, below) if free[0] < below]
     assert low == [free for free in reversed(ascending) if free.start < below]

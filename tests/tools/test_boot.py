@@ -10,8 +10,9 @@ import pytest
 
 from bootstub.sample_kernel import sample_bzimage
 from tools.dump_boot_params import dmesg_lines, rows, text_lines
+from tools.output import json_text
 from tools.pipeline import STAGE_NAMES, Boot, BootConfig
-from tools.render import json_text, log_lines, record_json, summary_json
+from tools.render import log_lines, record_json, summary_json
 from tools.report import summarize
 
 if TYPE_CHECKING:

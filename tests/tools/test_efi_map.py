@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor, pack_map
 from guest.errors import BootError, FormatError
-from kernel.efi import memmap_lines
+from kernel.efi_memmap import memmap_lines
 from tools.maps.source import boot_descriptors, parse_text
 from tools.pipeline import Boot, BootConfig
 

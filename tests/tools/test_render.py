@@ -2,7 +2,8 @@
 
 from kernel.events import MmPageAllocExtfrag, OutOfMemory
 from kernel.gfp import GFP_KERNEL
-from tools.render import event_text, hex_dump
+from tools.output import hex_dump
+from tools.render import event_text
 
 
 def test_hex_dump() -> None:

@@ -15,7 +15,7 @@ from firmware.memory_descriptor import MemoryDescriptor
 from firmware.srat import NodeRange
 from guest.errors import FormatError
 from guest.units import PAGE_SIZE
-from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
+from kernel.efi_memmap import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
 from tools.maps.platform_map import MAX_ENTRIES, PlatformMap, e820_map, efi_map
 from tools.maps.words import number
 
@@ -35,7 +35,7 @@ _SRAT_LINE = re.compile(
 _UNKNOWN_TYPE = re.compile(r"type=([0-9]{1,10})")
 _UNKNOWN_ATTRIBUTE = re.compile(r"attr=(0x[0-9a-f]{1,16})")
 _TYPES = {name: kind for kind, name in enumerate(MEMORY_TYPE_NAMES)}
-_ATTRIBUTES = {word: int(flag) for flag, word in ATTRIBUTE_COLUMNS}
+_ATTRIBUTES = {word: flag for flag, word in ATTRIBUTE_COLUMNS}
 
 
 def is_dmesg(text: str) -> bool:

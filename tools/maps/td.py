@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from bootstub.sample_kernel import sample_bzimage
 from firmware.tdvf import Tdvf
 from tools.maps.platform_map import PlatformMap, efi_map
 from tools.options import parse_machine, parse_memory
-from tools.pipeline import Boot, BootConfig
+
+if TYPE_CHECKING:
+    from tools.pipeline import Boot
 
 PREFIX = "td:"
 FORM = "the firmware's map of a TD"
@@ -16,6 +18,9 @@ FORM = "the firmware's map of a TD"
 
 def td_boot(spec: str, firmware: Tdvf | None = None) -> Boot:
     """The boot of ``td:MEMORY[,MACHINE]``, not begun, with the image ``firmware`` or none. Raises ``FormatError``."""
+    from bootstub.sample_kernel import sample_bzimage
+    from tools.pipeline import Boot, BootConfig  # all stages: not for a map that comes from a file
+
     memory, _, machine = spec.removeprefix(PREFIX).partition(",")
     config = BootConfig(sample_bzimage(), parse_memory(memory), parse_machine(machine or "q35"))
     return Boot(config if firmware is None else replace(config, firmware=firmware))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
-from kernel.efi import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
+from kernel.efi_memmap import ATTRIBUTE_COLUMNS, MEMORY_TYPE_NAMES
 
 _NUMBER = re.compile(r"(?:0x(?P<hex>[0-9a-fA-F]{1,17})|(?P<decimal>[0-9]{1,20}))(?P<suffix>[KMGTPE]?)", re.ASCII)
 _TYPES = {name.lower(): number for number, name in enumerate(MEMORY_TYPE_NAMES)} | {
     kind.name.lower(): int(kind) for kind in EfiMemoryType
 }
-_ATTRIBUTES = {word: int(flag) for flag, word in ATTRIBUTE_COLUMNS} | {
+_ATTRIBUTES = {word: flag for flag, word in ATTRIBUTE_COLUMNS} | {
     flag.name: int(flag) for flag in EfiMemoryAttribute if flag.name
 }
 
@@ -50,6 +50,6 @@ def efi_attribute(value: object) -> int | None:
 
 def efi_attribute_text(attribute: int) -> str:
     """The attribute in words; what has no word is a number."""
-    rest = attribute & ~sum(int(flag) for flag, _ in ATTRIBUTE_COLUMNS)
+    rest = attribute & ~sum(flag for flag, _ in ATTRIBUTE_COLUMNS)
     words = [word for flag, word in ATTRIBUTE_COLUMNS if attribute & flag]
     return "|".join([*words, f"{rest:#x}"] if rest else words)

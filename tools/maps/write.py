@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from bootstub.boot_params import BootE820Entry
 from kernel.e820 import E820Table
-from kernel.efi import memmap_lines
+from kernel.efi_memmap import memmap_lines
 from tools.maps.description import to_data, toml_text
 from tools.maps.memmap_args import memmap_args
 from tools.maps.platform_map import PlatformMap
-from tools.render import json_text
+from tools.output import json_text
 
 _STAMP = "[    0.000000] "
 
