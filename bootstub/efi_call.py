@@ -30,7 +30,7 @@ from firmware.tables import (
 )
 from guest.machine import Machine
 from guest.records import GuestRecord
-from guest.units import PFN_UP
+from guest.units import PFN_UP, SZ_1K
 
 ULONG_MAX = (1 << 64) - 1
 _SCRATCH_SIZE = 512
@@ -114,6 +114,13 @@ class EfiCalls:
         """Store ``data`` after the slots, ``behind`` bytes further on, 256 bytes at most; returns its address."""
         at = self._scratch + 8 * _SLOTS + behind
         self.memory.write(at, data)
+        return at
+
+    def buffer_below_scratch(self, data: bytes) -> int:
+        """Address of 1 KiB below the scratch, which begins with ``data``."""
+        at = self._scratch - SZ_1K
+        if data:
+            self.memory.write(at, data)
         return at
 
     def allocate_pages(self, size: int, max_address: int = ULONG_MAX) -> int:

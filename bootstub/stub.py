@@ -8,7 +8,8 @@ from __future__ import annotations
 import struct
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
-from bootstub.efi_call import EfiCalls, EfiError
+from bootstub.cmdline_files import CmdlineFiles
+from bootstub.efi_call import ULONG_MAX, EfiCalls, EfiError
 from bootstub.exit_boot import ExitBoot
 from bootstub.load_options import command_line, optional_data
 from bootstub.protocol import Protocol
@@ -124,7 +125,14 @@ class Stub:
         return at, self.efi.load(1)
 
     def _load_initrd_cmdline(self) -> tuple[int, int] | None:
-        return None
+        """efi_load_initrd_cmdline(): all files of ``initrd=`` in one piece, None without any or a file system."""
+        files = CmdlineFiles(self.efi, self.image["DeviceHandle"], self.params["hdr.initrd_addr_max"])
+        if self.options.nochunk:
+            files.chunk = ULONG_MAX
+        if not files.load(self.load_options(), "initrd="):
+            return None
+        self.efi.info("Loaded initrd from command line option")
+        return files.at, files.size
 
     def find_measurement(self) -> None:
         """Look for somebody who measures: a TPM, or confidential computing's registers. This firmware has neither."""

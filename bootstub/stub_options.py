@@ -17,15 +17,17 @@ _OVERRIDES = (b"mem", b"memmap", b"hugepages")
 
 @dataclass(slots=True)
 class StubOptions:
-    """``loglevel``: messages of lower levels are printed. ``soft_reserve``: memory for a special purpose is set aside
-    (CONFIG_EFI_SOFT_RESERVE, unless the last ``efi=`` says no). ``disable_pci_dma``: bridges are to be no bus masters
-    when boot services end. ``mem_encrypt``: the kernel is to encrypt memory.
+    """``nochunk``: files are read in one go, if the last ``efi=`` says so. ``loglevel``: messages of lower levels are
+    printed. ``soft_reserve``: memory for a special purpose is set aside (CONFIG_EFI_SOFT_RESERVE, unless the last
+    ``efi=`` says no). ``disable_pci_dma``: bridges are to be no bus masters when boot services end. ``mem_encrypt``:
+    the kernel is to encrypt memory.
 
     ``memmap_override``: the option after which the stub leaves the kernel's physical place alone, None without.
     """
 
     nokaslr: bool = False
     noinitrd: bool = False
+    nochunk: bool = False
     loglevel: int = CONSOLE_LOGLEVEL_DEFAULT
     soft_reserve: bool = True
     disable_pci_dma: bool = False
@@ -48,6 +50,7 @@ class StubOptions:
                 self._efi(words)
 
     def _efi(self, words: set[str]) -> None:
+        self.nochunk = "nochunk" in words
         self.soft_reserve = "nosoftreserve" not in words
         if "disable_early_pci_dma" in words:
             self.disable_pci_dma = True

@@ -1,4 +1,4 @@
-"""Random set-ups for a stub: a memory map and settings of a firmware, in 21 profiles. The same seed, the same set-up.
+"""Random set-ups for a stub: a memory map and settings of a firmware, in 22 profiles. The same seed, the same set-up.
 
 Profiles that are about memory are here, those about all else are in ``tools.judge_settings``.
 

@@ -11,7 +11,7 @@ from firmware.char16 import char16_bytes
 from firmware.device_path import END_NODE, file_path
 from firmware.efi_types import EFI_GLOBAL_VARIABLE_GUID
 from firmware.variables import KNOWN
-from guest.units import PAGE_SIZE
+from guest.units import PAGE_SIZE, SZ_1M
 
 Profile = Callable[[random.Random, dict[str, Any]], None]
 _COMMAND_LINE_SIZE = 2048
@@ -28,6 +28,9 @@ _PIECES = ("a", "b=c", "\xe9", "\u20ac", "\U0001f600", "\ud83d", "\ude00", " ", 
 _INITRDS = (
     "", "", " noinitrd", " initrd=initrd", " initrd=\\initrd.img initrd=b", " xinitrd=a", " quiet initrd=/x",
     " initrd=",
+)  # fmt: skip
+_FILE_NAMES = (
+    "initrd", "initrd", "a", "a", "/a", "\\\\a", "dir/b.img", "dir\\b.img", "none", "", "n" * 255, "n" * 256, '"a"',
 )  # fmt: skip
 _SP = 0x40000
 
@@ -79,6 +82,18 @@ def _initrd(rng: random.Random, case: dict[str, Any]) -> None:
         case["initrd"] = rng.choice((0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 100_000, 3_000_000))
 
 
+def _files(rng: random.Random, case: dict[str, Any]) -> None:
+    """Initrds in files of the kernel's device, which a command line names, rightly or not."""
+    sizes = (0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 100_000, SZ_1M, 3_000_000)
+    case["files"] = {name: rng.choice(sizes) for name in ("initrd", "a", "dir\\b.img", "n" * 255)}
+    text = rng.choice(("nokaslr", "quiet", "efi=nochunk", "efi=nochunk efi="))
+    for _ in range(rng.randrange(4)):
+        text += rng.choice((" ", " ", "  ", "\t", " x")) + f"initrd={rng.choice(_FILE_NAMES)}"
+    case["cmdline"] = text + rng.choice(("", " ", " nokaslr", "\nnokaslr", " noinitrd"))
+    if rng.random() < 0.2:
+        case["initrd"] = PAGE_SIZE
+
+
 def _variables(rng: random.Random, case: dict[str, Any]) -> None:
     """Variables that the stub asks for, with values and attributes that are and are not to be."""
     case["cmdline"] = rng.choice(("nokaslr", "", "quiet"))
@@ -111,7 +126,7 @@ def _offers(rng: random.Random, case: dict[str, Any]) -> None:
 
 
 PROFILES: dict[str, Profile] = {
-    "cmdline": _cmdline, "longline": _longline, "loadopts": _loadopts, "initrd": _initrd, "variables": _variables,
-    "seeds": _seeds, "offers": _offers,
+    "cmdline": _cmdline, "longline": _longline, "loadopts": _loadopts, "initrd": _initrd, "files": _files,
+    "variables": _variables, "seeds": _seeds, "offers": _offers,
 }  # fmt: skip
 """What a profile changes in a set-up."""

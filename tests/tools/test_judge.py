@@ -15,8 +15,8 @@ def test_one_map_of_each_profile(command, exact_debian_kernel):
     answer = command("judge", "--kernel", exact_debian_kernel, "--maps", str(len(PROFILES)), "--json", "short")
     report = json.loads(answer.out)
     assert [each["id"] for each in report["dead"]] == [8]
-    assert (len(PROFILES), report["maps"], report["differing"], answer.status) == (13, 13, [], 0)
-    assert report["agree"] == 13
+    assert (len(PROFILES), report["maps"], report["differing"], answer.status) == (22, 22, [], 0)
+    assert report["agree"] == 22
 
 
 def test_a_stub_that_is_wrong_is_found(command, exact_debian_kernel, monkeypatch, tmp_path):

@@ -17,7 +17,8 @@ from tools.conformance.efi_names import guid_name
 Fields = dict[str, Any]
 _PATH_SIZE = 24
 _TABLES = {name: "bs" for name, _ in BOOT_SERVICES} | {name: "rt" for name, _ in RUNTIME_SERVICES}
-_TABLES |= {"AllowUnacceptedMemory": "sev", "LoadFile": "lf2"}
+_TABLES |= {"AllowUnacceptedMemory": "sev", "LoadFile": "lf2", "OpenVolume": "fs"}
+_TABLES |= dict.fromkeys(("Open", "Close", "Read", "GetInfo"), "file")
 
 
 class RecordingGates(CallGates):
@@ -96,6 +97,8 @@ _BEFORE: dict[str, Callable[[GuestMemory, tuple[int, ...]], Fields]] = {
     "ExitBootServices": lambda memory, args: {"key": args[1]},
     "Exit": lambda memory, args: {"status": args[1]},
     "GetVariable": _before_get_variable,
+    "Open": lambda memory, args: {"name": read_char16(memory, args[2]), "mode": args[3]},
+    "Read": lambda memory, args: {"have": memory.read_uint(args[1], 8), "buf": args[2]},
     "GetRNG": _before_get_rng,
     "LoadFile": lambda memory, args: {"policy": args[2], "have": memory.read_uint(args[3], 8), "buf": args[4]},
     "SetVariable": _before_set_variable,
@@ -105,6 +108,7 @@ _AFTER: dict[str, Callable[[GuestMemory, tuple[int, ...], int], Fields]] = {
     "AllocatePool": _allocated(2),
     "GetMemoryMap": _after_get_memory_map,
     "GetRNG": lambda memory, args, status: {"bytes": memory.read(args[3], args[2]).hex()},
+    "Read": lambda memory, args, status: {"got": memory.read_uint(args[1], 8)},
     "LoadFile": lambda memory, args, status: {"need": memory.read_uint(args[3], 8)},
 }
 

@@ -31,7 +31,7 @@ _ENTERED = "entered kernel"
 _SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
 SET_UP = (
     "id", "profile", "cmdline", "descs", "alloc_limit", "desc_size", "shuffle", "rng", "pretable", "ebs_fail",
-    "ebs_mutate", "load_options", "initrd", "variables", "seed_table", "offers", *_SETTINGS,
+    "ebs_mutate", "load_options", "initrd", "files", "variables", "seed_table", "offers", *_SETTINGS,
 )  # fmt: skip
 """Fields of a case that say what is run; the others say what came of it."""
 

@@ -14,6 +14,7 @@ from uuid import UUID
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.efi_types import EFI_LOADED_IMAGE_PROTOCOL_GUID, EfiMemoryType, EfiStatus, guid_bytes
+from firmware.file_system import FileSystem
 from firmware.image_services import ImageServices
 from firmware.load_image import FwCfg, LoadedImage, install_initrd, load_image
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor
@@ -129,6 +130,9 @@ def start_firmware(
     regs.rsp = build_stack(services)
     if "rng" in case:
         install_rng(services, repeating(bytes.fromhex(case["rng"])))
+    if "files" in case:
+        files = {name: random.Random(size).randbytes(size) for name, size in case["files"].items()}
+        FileSystem(services, files).install(loaded.device)
     install_offers(services, Setup(offers=tuple(case.get("offers", ()))))
     if "pretable" in case:
         _install_table(services, "LINUX_UNACCEPTED_MEM_TABLE", build_table(**case["pretable"]))
