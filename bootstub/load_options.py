@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from bootstub.cmdline import COMMAND_LINE_SIZE
 
@@ -50,14 +51,24 @@ def _behind_path(options: bytes, at: int) -> int | None:
     return None
 
 
-def command_line(options: bytes) -> tuple[bytes, bool]:
-    """The line in UTF-8, up to a NUL or a line end, and whether it was cut.
+class CommandLine(NamedTuple):
+    """A line in UTF-8, what it was ``counted`` to be, in bytes, and whether it was ``cut``."""
+
+    text: bytes
+    counted: int
+    cut: bool
+
+
+def command_line(options: bytes) -> CommandLine:
+    """The line in ``options``, up to a NUL or a line end.
 
     A line of 2048 bytes or more is cut at its last white space outside quotes, at its start if there is none. Half a
-    surrogate pair becomes U+FFFD; in the last place it is left out if it is a first half.
+    surrogate pair becomes U+FFFD; a first half in the last place is left out, though it was counted, unless it is the
+    last of all.
     """
-    line, last_space, quoted = bytearray(), 0, False
-    for character in _characters(options):
+    line, last_space, quoted, cut = bytearray(), 0, False, False
+    first_halves: set[int] = set()
+    for character, first_half in _characters(options):
         if character in (b"\0", b"\n"):
             break
         if character == b'"':
@@ -65,26 +76,29 @@ def command_line(options: bytes) -> tuple[bytes, bool]:
         elif not quoted and character in b" \t\v\f\r":
             last_space = len(line)
         line += character
-        if len(line) >= COMMAND_LINE_SIZE:
-            return bytes(line[:last_space]), True
-    return bytes(line), False
+        if first_half:
+            first_halves.add(len(line))
+        if cut := len(line) >= COMMAND_LINE_SIZE:
+            break
+    counted = last_space if cut else len(line)
+    end = counted - len(_REPLACEMENT) if counted in first_halves else counted
+    return CommandLine(bytes(line[:end]), counted, cut)
 
 
-def _characters(options: bytes) -> Iterator[bytes]:
-    """The characters in UTF-8, as long as somebody wants them."""
+def _characters(options: bytes) -> Iterator[tuple[bytes, bool]]:
+    """The characters in UTF-8, as long as somebody wants them; true with one that is half a pair, the first half."""
     units = struct.unpack_from(f"<{len(options) // 2}H", options)
     at = 0
     while at < len(units):
         unit = units[at]
         at += 1
-        if unit & 0xF800 != 0xD800:
-            yield chr(unit).encode()
-            continue
-        if unit & 0xFC00 == 0xD800:
-            if at == len(units):
-                return
-            if units[at] & 0xFC00 == 0xDC00:
-                yield chr(0x10000 + (unit & 0x3FF) * 0x400 + (units[at] & 0x3FF)).encode()
-                at += 1
-                continue
-        yield _REPLACEMENT
+        first_half = unit & 0xFC00 == 0xD800
+        if first_half and at == len(units):
+            return
+        if first_half and units[at] & 0xFC00 == 0xDC00:
+            yield chr(0x10000 + (unit & 0x3FF) * 0x400 + (units[at] & 0x3FF)).encode(), False
+            at += 1
+        elif unit & 0xF800 == 0xD800:
+            yield _REPLACEMENT, first_half
+        else:
+            yield chr(unit).encode(), False

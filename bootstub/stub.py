@@ -60,10 +60,10 @@ class Stub:
         """efi_convert_cmdline(): load options in UTF-8, for boot_params; returns the length of the line."""
         if self.image["LoadOptionsSize"]:
             self.find_measurement()
-        line, cut = command_line(self.load_options())
+        line, counted, cut = command_line(self.load_options())
         if cut:
-            self.efi.error(f"Command line is too long: truncated to {len(line)} bytes")
-        at = self.efi.allocate_pool(len(line) + 1)
+            self.efi.error(f"Command line is too long: truncated to {counted} bytes")
+        at = self.efi.allocate_pool(counted + 1)
         self.memory.write(at, line + b"\0")
         self.params["hdr.cmd_line_ptr"] = at & 0xFFFF_FFFF
         self.params["ext_cmd_line_ptr"] = at >> 32

@@ -23,30 +23,35 @@ def load_option(attributes: int = 1, path: bytes = FILE + END, length: int | Non
 
 
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("options", "line", "counted"),
     [
-        (utf16(HIGH + LOW), "\U0001f642"),
-        (utf16(HIGH + "x"), "\ufffdx"),
-        (utf16(LOW + HIGH + HIGH + LOW), "\ufffd\ufffd\U0001f642"),
-        (utf16("x" + HIGH), "x"),
-        (utf16("x" + LOW), "x\ufffd"),
-        (utf16("x" + HIGH + "\0"), "x\ufffd"),
-        (utf16("quiet") + b"x", "quiet"),
-        (b"x", ""),
+        (utf16(HIGH + LOW), "\U0001f642", 4),
+        (utf16(HIGH + "x"), "\ufffdx", 4),
+        (utf16(LOW + HIGH + HIGH + LOW), "\ufffd\ufffd\U0001f642", 10),
+        (utf16("x" + HIGH), "x", 1),
+        (utf16("x" + LOW), "x\ufffd", 4),
+        (utf16("x" + HIGH + "\0"), "x", 4),
+        (utf16("x" + HIGH + "\n\0"), "x", 4),
+        (utf16("quiet") + b"x", "quiet", 5),
+        (b"x", "", 0),
     ],
 )
-def test_halves_of_pairs(options, line):
-    """Half a pair is replaced, but for a first half at the very end, which is left out; so is half a unit."""
-    assert command_line(options) == (line.encode(), False)
+def test_halves_of_pairs(options, line, counted):
+    """Half a pair is replaced, but for a first half at the end, which is left out; so is half a unit.
+
+    A first half counts unless it is the last of all.
+    """
+    assert command_line(options) == (line.encode(), counted, False)
 
 
 def test_the_limit_counts_what_was_read():
     """A line that reaches 2048 bytes is cut, whatever comes behind; NUL and line end come before the limit."""
-    assert command_line(utf16("a b" + "c" * 2044)) == (b"a b" + b"c" * 2044, False)
-    assert command_line(utf16("a b" + "c" * 2045)) == (b"a", True)
-    assert command_line(utf16("a b" + "c" * 2042 + HIGH)) == (b"a b" + b"c" * 2042, False)
-    assert command_line(utf16("a b" + "c" * 2042 + LOW)) == (b"a", True)
-    assert command_line(utf16("a b" + "c" * 2044 + "\n" + "d" * 9)) == (b"a b" + b"c" * 2044, False)
+    assert command_line(utf16("a b" + "c" * 2044)) == (b"a b" + b"c" * 2044, 2047, False)
+    assert command_line(utf16("a b" + "c" * 2045)) == (b"a", 1, True)
+    assert command_line(utf16("a" + HIGH + " " + "c" * 2045)) == (b"a", 4, True)
+    assert command_line(utf16("a b" + "c" * 2042 + HIGH)) == (b"a b" + b"c" * 2042, 2045, False)
+    assert command_line(utf16("a b" + "c" * 2042 + LOW)) == (b"a", 1, True)
+    assert command_line(utf16("a b" + "c" * 2044 + "\n" + "d" * 9)) == (b"a b" + b"c" * 2044, 2047, False)
 
 
 @pytest.mark.parametrize("attributes", [0, 1, 9, 0x1F01])
