@@ -77,6 +77,12 @@ def test_decompressors_without_unaccepted_memory(command, debian_kernel_6_1):
     assert answer.out == "3 maps, seed 1: 3 agree, 0 differ, 0 end both guests\n"
 
 
+def test_a_stub_of_another_generation_is_no_judge(refused, debian_kernel_6_1):
+    """The stub of a kernel without unaccepted memory would differ everywhere: it is refused in one line."""
+    text = refused("judge", "--kernel", debian_kernel_6_1, "--maps", "3")
+    assert "found nothing about unaccepted memory, expected that of 6.12; --decompressor" in text
+
+
 def test_a_decompressor_that_is_wrong_is_found(command, exact_debian_kernel, monkeypatch, tmp_path):
     """One that counts a virtual place too many is shown with its set-up; the saved case differs until it is mended."""
     cases = tmp_path / "cases"
