@@ -8,6 +8,7 @@ from __future__ import annotations
 from bootstub.boot_params import BOOT_PARAMS
 from bootstub.efi_call import EfiError
 from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR, SECTOR, STARTUP_64_OFFSET
+from bootstub.random_seed import install_random_seed
 from bootstub.setup_header import BOOT_FLAG, EFI_STUB_LOADER, HEADER_MAGIC, SETUP_HEADER, SETUP_HEADER_OFFSET
 from bootstub.stub import Stub
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType, EfiStatus
@@ -29,8 +30,12 @@ def classic_stub(stub: Stub) -> None:
     stub.convert_command_line()
     startup_32, image_offset = _relocate(stub)
     params["hdr.code32_start"] = startup_32 & 0xFFFF_FFFF
+    stub.efi.loglevel = stub.options.loglevel
     stub.load_initrd()
     params["secure_boot"] = stub.secure_boot()
+    stub.enable_reset_attack_mitigation()
+    install_random_seed(stub.efi)
+    stub.find_measurement()
     stub.exit_boot()
     regs.rsi, regs.rip, regs.rdx = params.gpa, startup_32 + STARTUP_64_OFFSET, image_offset
 

@@ -15,7 +15,7 @@ COMMAND_LINE_SIZE = 2048
 """Bytes that the kernel keeps of a command line, with its NUL (arch/x86/include/asm/setup.h)."""
 
 _WORDS = re.compile(rb"[^\x00-\x20]+")
-_SPACE = b" \t\n\v\f\r\xa0"
+SPACE = b" \t\n\v\f\r\xa0"
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*")
 
 
@@ -62,7 +62,7 @@ def simple_strtoull(text: str) -> int:
 
 
 def _skip_spaces(line: bytes, at: int) -> int:
-    while at < len(line) and line[at] in _SPACE:
+    while at < len(line) and line[at] in SPACE:
         at += 1
     return at
 
@@ -71,7 +71,7 @@ def _argument_end(line: bytes, at: int) -> int:
     quoted = False
     for end in range(at, len(line)):
         quoted ^= line[end] == ord('"')
-        if not quoted and line[end] in _SPACE:
+        if not quoted and line[end] in SPACE:
             return end
     return len(line)
 

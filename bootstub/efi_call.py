@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 from uuid import UUID
 
+from bootstub.stub_options import CONSOLE_LOGLEVEL_DEFAULT
 from firmware.console import EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL
 from firmware.efi_types import (
     LINUX_EFI_BOOT_MEMMAP_GUID,
@@ -29,12 +30,13 @@ from firmware.tables import (
 )
 from guest.machine import Machine
 from guest.records import GuestRecord
-from guest.units import PFN_UP
+from guest.units import PFN_UP, SZ_1K
 
 ULONG_MAX = (1 << 64) - 1
 _SCRATCH_SIZE = 512
 _SLOTS = 8
 _MAX_MAP_SIZE = 1 << 24
+_KERN_ERR, _KERN_WARNING, _KERN_INFO = 3, 4, 6
 _PRINT_PIECE = 96
 """Characters that one OutputString() gets: what the scratch has room for."""
 EFI_BOOT_MEMMAP = struct.Struct("<QQI4xQQ")
@@ -80,6 +82,7 @@ class EfiCalls:
         self._boot = GuestRecord(machine.memory, self.system_table["BootServices"], EFI_BOOT_SERVICES)
         self._runtime = GuestRecord(machine.memory, self.system_table["RuntimeServices"], EFI_RUNTIME_SERVICES)
         self._scratch = machine.regs.rsp - _SCRATCH_SIZE
+        self.loglevel = CONSOLE_LOGLEVEL_DEFAULT
 
     def valid(self) -> bool:
         """True if the system table has its signature."""
@@ -113,6 +116,13 @@ class EfiCalls:
         self.memory.write(at, data)
         return at
 
+    def buffer_below_scratch(self, data: bytes) -> int:
+        """Address of 1 KiB below the scratch, which begins with ``data``."""
+        at = self._scratch - SZ_1K
+        if data:
+            self.memory.write(at, data)
+        return at
+
     def allocate_pages(self, size: int, max_address: int = ULONG_MAX) -> int:
         """efi_allocate_pages(): whole pages of EfiLoaderData below ``max_address``. Raises ``EfiError``."""
         at = self.slot(0, max_address)
@@ -134,6 +144,11 @@ class EfiCalls:
     def free_pool(self, buffer: int) -> None:
         """FreePool()."""
         self.boot("FreePool", buffer)
+
+    def free_pages(self, at: int, size: int) -> None:
+        """efi_free(): pages that efi_allocate_pages() gave."""
+        if size:
+            self.boot("FreePages", at, PFN_UP(size))
 
     def handle_protocol(self, handle: int, guid: UUID) -> int:
         """HandleProtocol(): address of the protocol's structure. Raises ``EfiError``."""
@@ -185,8 +200,8 @@ class EfiCalls:
         return self.load(1)
 
     def set_variable(self, name: str, vendor: UUID, attributes: int, data: bytes) -> int:
-        """SetVariable() to ``data``, 8 bytes at most; returns the status."""
-        at = self.slot(2, int.from_bytes(data, "little"))
+        """SetVariable() to ``data``, 8 bytes at most, or none, which deletes it; returns the status."""
+        at = self.slot(2, int.from_bytes(data, "little")) if data else 0
         return self.runtime("SetVariable", *self._variable_name(name, vendor), attributes, len(data), at)
 
     def _get_variable(self, name: str, vendor: UUID, size: int, data: int, attributes: int = 0) -> int:
@@ -199,20 +214,30 @@ class EfiCalls:
         name_at = self.bytes_at_scratch(text)
         return name_at, self.bytes_at_scratch(guid_bytes(vendor), behind=len(text))
 
-    def print(self, text: str) -> None:
-        """efi_printk(): a line on the console."""
+    def info(self, text: str) -> None:
+        """efi_info()."""
+        self._print(_KERN_INFO, text)
+
+    def warn(self, text: str, end: str = "\r\n") -> None:
+        """efi_warn()."""
+        self._print(_KERN_WARNING, f"WARNING: {text}", end)
+
+    def error(self, text: str) -> None:
+        """efi_err()."""
+        self._print(_KERN_ERR, f"ERROR: {text}")
+
+    def _print(self, level: int, text: str, end: str = "\r\n") -> None:
+        """efi_printk(): a line on the console, if its level is below ``loglevel``."""
+        if level >= self.loglevel:
+            return
         console = self.system_table["ConOut"]
         if not console:
             return
         output = GuestRecord(self.memory, console, EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL)["OutputString"]
-        line = f"EFI stub: {text}\r\n"
+        line = f"EFI stub: {text}{end}"
         for at in range(0, len(line), _PRINT_PIECE):
             piece = self.bytes_at_scratch((line[at : at + _PRINT_PIECE] + "\0").encode("utf-16-le"))
             self._machine.call(output, console, piece)
-
-    def print_error(self, text: str) -> None:
-        """efi_err()."""
-        self.print(f"ERROR: {text}")
 
     def get_memory_map(self, slack_slots: int, install: bool = False) -> BootMemmap:
         """efi_get_memory_map(): the map in a pool buffer with room for ``slack_slots`` descriptors more.

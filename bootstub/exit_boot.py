@@ -19,7 +19,7 @@ from bootstub.efi_e820 import continues, e820_type_of
 from bootstub.protocol import Protocol
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
 from bootstub.unaccepted_memory import Accept
-from firmware.efi_types import EfiMemoryType, EfiStatus
+from firmware.efi_types import EFI_PCI_IO_PROTOCOL_GUID, EfiMemoryType, EfiStatus
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map
 from guest.machine import Machine
 from guest.records import GuestRecord, field_extents
@@ -33,19 +33,20 @@ class ExitBoot:
     """exit_boot() for the boot_params page at ``boot_params``.
 
     ``accept`` accepts a range now. ``soft_reserve``: memory with EFI_MEMORY_SP becomes soft reserved
-    (CONFIG_EFI_SOFT_RESERVE, not ``efi=nosoftreserve``).
+    (CONFIG_EFI_SOFT_RESERVE, not ``efi=nosoftreserve``). ``disable_pci_dma``: bridges are looked for first; there is
+    none here that could be told to be no bus master.
     """
 
     def __init__(
         self, machine: Machine, efi: EfiCalls, boot_params: int, accept: Accept, protocol: Protocol,
-        soft_reserve: bool = True,
+        soft_reserve: bool = True, disable_pci_dma: bool = False,
     ) -> None:  # fmt: skip
         self._machine, self._efi = machine, efi
         self._boot_params = GuestRecord(machine.memory, boot_params, BOOT_PARAMS)
         self._protocol = protocol
         self._record = protocol.record(machine, efi, self._boot_params, accept)
         self._slack = protocol.efi_mmap_nr_slack_slots
-        self._soft_reserve = soft_reserve
+        self._soft_reserve, self._disable_pci_dma = soft_reserve, disable_pci_dma
         self._e820ext = self._e820ext_size = 0
 
     def run(self, image_handle: int) -> int:
@@ -74,6 +75,8 @@ class ExitBoot:
 
     def _exit_boot_services(self, image_handle: int) -> None:
         """Two tries: a changed map makes the first fail, and then nothing may be allocated any more."""
+        if self._disable_pci_dma:
+            self._efi.locate_handles(EFI_PCI_IO_PROTOCOL_GUID)
         memmap = self._efi.get_memory_map(self._slack, install=True)
         self._record_memmap(memmap)
         if self._efi.boot("ExitBootServices", image_handle, memmap.map_key) == EfiStatus.EFI_SUCCESS:

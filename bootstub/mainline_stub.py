@@ -17,13 +17,12 @@ from bootstub.kaslr import boot_seed, build_string, conventional_slots, kaslr_ge
 from bootstub.kernel_layout import CONFIG_PHYSICAL_ALIGN, KERNEL_IMAGE_SIZE, LOAD_PHYSICAL_ADDR
 from bootstub.random_seed import install_random_seed, random_bytes
 from bootstub.relocations import load_kernel
-from bootstub.setup_header import EFI_STUB_LOADER, LoadFlags
+from bootstub.setup_header import EFI_STUB_LOADER, LoadFlags, XLoadFlags
 from bootstub.slots import slot_address
 from bootstub.stub import Stub
 from bootstub.unpack import Unpacked, unpack
 from firmware import efi_types
 from firmware.efi_types import EfiMemoryType, EfiStatus
-from firmware.variables import DEFAULT_ATTRIBUTES
 
 T = TypeVar("T")
 
@@ -36,7 +35,7 @@ def mainline_stub(stub: Stub) -> None:
     try:
         entry = _run(stub)
     except EfiError as error:
-        stub.efi.print_error("efi_stub_entry() failed!")
+        stub.efi.error("efi_stub_entry() failed!")
         stub.efi.boot("Exit", stub.handle, error.status, 0, 0)
         raise
     stub.machine.regs.rsi, stub.machine.regs.rip = stub.params.gpa, entry
@@ -49,18 +48,18 @@ def _run(stub: Stub) -> int:
     params["hdr.vid_mode"] = 0xFFFF
     params["hdr.type_of_loader"] = EFI_STUB_LOADER
     params["hdr.initrd_addr_max"] = _INITRD_ADDR_MAX
-    if stub.image["LoadOptionsSize"]:
-        _find_measurement(stub)
     length = stub.convert_command_line()
     efi.locate_protocol(efi_types.EFI_MEMORY_ATTRIBUTE_PROTOCOL_GUID)
     efi.free_pool(efi.allocate_pool(length + 1))  # the copy that the options are read from
+    efi.loglevel = stub.options.loglevel
+    if stub.options.mem_encrypt:
+        params["hdr.xloadflags"] |= XLoadFlags.XLF_MEM_ENCRYPTION
     entry = _reported(stub, "Failed to decompress kernel", lambda: _unpack_kernel(stub))
-    if not stub.options.noinitrd:
-        stub.load_initrd()
+    stub.load_initrd()
     params["secure_boot"] = stub.secure_boot()
-    _enable_reset_attack_mitigation(stub)
+    stub.enable_reset_attack_mitigation()
     install_random_seed(efi)
-    _find_measurement(stub)
+    stub.find_measurement()
     for guid in (
         efi_types.EFI_GRAPHICS_OUTPUT_PROTOCOL_GUID,
         efi_types.EFI_UGA_PROTOCOL_GUID,
@@ -79,29 +78,15 @@ def _reported(stub: Stub, message: str, step: Callable[[], T]) -> T:
     try:
         return step()
     except EfiError:
-        stub.efi.print_error(message)
+        stub.efi.error(message)
         raise
-
-
-def _enable_reset_attack_mitigation(stub: Stub) -> None:
-    """efi_enable_reset_attack_mitigation(): if the firmware can, it is to wipe memory at the next start (tpm.c)."""
-    name, vendor = "MemoryOverwriteRequestControl", efi_types.MEMORY_ONLY_RESET_CONTROL_GUID
-    status, _ = stub.efi.get_variable(name, vendor, size=0)
-    if status != EfiStatus.EFI_NOT_FOUND:
-        stub.efi.set_variable(name, vendor, DEFAULT_ATTRIBUTES, b"\1")
-
-
-def _find_measurement(stub: Stub) -> None:
-    """Look for somebody who measures: a TPM, or confidential computing's registers. This firmware has neither."""
-    stub.efi.locate_protocol(efi_types.EFI_TCG2_PROTOCOL_GUID)
-    stub.efi.locate_protocol(efi_types.EFI_CC_MEASUREMENT_PROTOCOL_GUID)
 
 
 def _allow_unaccepted_memory(stub: Stub) -> None:
     """setup_unaccepted_memory(): tell the firmware that the kernel accepts memory itself, if it asks to be told."""
     protocol = stub.efi.locate_protocol(efi_types.OVMF_SEV_MEMORY_ACCEPTANCE_PROTOCOL_GUID)
     if protocol is not None and stub.efi.call(stub.memory.read_uint(protocol, 8), protocol) != EfiStatus.EFI_SUCCESS:
-        stub.efi.print_error("Memory acceptance protocol failed")
+        stub.efi.error("Memory acceptance protocol failed")
 
 
 class _Draw(NamedTuple):
@@ -138,7 +123,7 @@ def _memory_map_overridden(stub: Stub) -> bool:
     """Whether the first place that fits is to be taken: a user's own map is not known here."""
     override = stub.options.memmap_override
     if override is not None:
-        stub.info(f"{override}= detected on the kernel command line - disabling physical KASLR")
+        stub.efi.info(f"{override}= detected on the kernel command line - disabling physical KASLR")
     return override is not None
 
 

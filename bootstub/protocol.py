@@ -35,6 +35,7 @@ class Protocol:
     (drivers/firmware/efi/libstub/efistub.h, EFI_MMAP_NR_SLACK_SLOTS). ``unpacks_in_stub``: the stub itself unpacks
     the kernel, while boot services run; there is no decompressor behind it. ``record``: how unaccepted memory is
     handed on. ``accept``: how a TD accepts a range. ``warns``: a kernel without support says so when it loses memory.
+    ``cc_measurement``: without a TPM the stub looks for EFI_CC_MEASUREMENT_PROTOCOL, as since 6.9.
     ``unaccepted_memory``: CONFIG_UNACCEPTED_MEMORY, the kernel has that support.
     """
 
@@ -44,6 +45,7 @@ class Protocol:
     record: Callable[[Machine, EfiCalls, GuestRecord, Accept], UnacceptedRecord]
     accept: Callable[[Machine, int, int], bool]
     warns: bool
+    cc_measurement: bool
     unaccepted_memory: bool = True
 
     def without_support(self) -> Protocol:
@@ -51,10 +53,10 @@ class Protocol:
         return replace(self, unaccepted_memory=False)
 
 
-V9 = Protocol("v9", 8, False, BitmapOfStub, tdx_accept_memory_v9, warns=True)
+V9 = Protocol("v9", 8, False, BitmapOfStub, tdx_accept_memory_v9, warns=True, cc_measurement=False)
 """[PATCHv9 00/14] Implement support for unaccepted memory, on 6.3-rc."""
 
-MAINLINE = Protocol("mainline", 32, True, TableOfStub, tdx_accept_memory, warns=False)
+MAINLINE = Protocol("mainline", 32, True, TableOfStub, tdx_accept_memory, warns=False, cc_measurement=True)
 """What was merged for 6.5, in the shape of 6.12."""
 
 PROTOCOLS = {protocol.name: protocol for protocol in (V9, MAINLINE)}

@@ -20,6 +20,7 @@ from guest.records import GuestRecord
 EFI_RANDOM_SEED_SIZE = 32
 _MAX_SEED = 512
 _SIZE_FIELD = 4
+_STORED = "RandomSeed", LINUX_EFI_RANDOM_SEED_TABLE_GUID
 
 
 def random_bytes(efi: EfiCalls, size: int) -> bytes | None:
@@ -34,27 +35,54 @@ def random_bytes(efi: EfiCalls, size: int) -> bytes | None:
 def install_random_seed(efi: EfiCalls) -> None:
     """efi_random_get_seed(): a table of new random bytes, those in the variable RandomSeed, and those of an old table.
 
-    Nothing is installed if there is no source; a source that fails is no error.
+    The variable is deleted, the old table given back. Without a new source an old table stays as it is; a source that
+    fails is no error.
     """
     protocol = efi.locate_protocol(EFI_RNG_PROTOCOL_GUID)
-    old = _old_seed(efi)
-    status, _ = efi.get_variable("RandomSeed", LINUX_EFI_RANDOM_SEED_TABLE_GUID, size=0)
-    stored = efi.load(1) if status == EfiStatus.EFI_BUFFER_TOO_SMALL and efi.load(1) <= _MAX_SEED else 0
-    room = (EFI_RANDOM_SEED_SIZE if protocol else 0) + len(old) + stored
-    if not room:
+    efi.get_variable(*_STORED, size=0)
+    stored = efi.load(1)
+    if protocol is None and not stored:
         return
+    old, bits = _old_seed(efi)
+    installed = _install(efi, protocol, stored, bits)
+    if old is not None and not installed:
+        efi.warn("Retaining bootloader-supplied seed only", end="")
+    elif old is not None and bits:
+        efi.memory.clear(old + _SIZE_FIELD, old + _SIZE_FIELD + len(bits))
+        efi.free_pool(old)
+
+
+def _install(efi: EfiCalls, protocol: int | None, stored: int, old_bits: bytes) -> bool:
+    """Install a table of new bytes, the ``stored`` ones of the variable, and ``old_bits``; false if there is none."""
     try:
+        room = (EFI_RANDOM_SEED_SIZE if protocol else 0) + stored + len(old_bits)
         table = efi.allocate_pool(_SIZE_FIELD + room, EfiMemoryType.EfiACPIReclaimMemory)
     except EfiError:
-        return
+        efi.warn("Failed to allocate memory for RNG seed.")
+        return False
     size = _fill(efi, protocol, table + _SIZE_FIELD) if protocol else 0
-    size += efi.read_variable("RandomSeed", LINUX_EFI_RANDOM_SEED_TABLE_GUID, table + _SIZE_FIELD + size, stored)
-    efi.memory.write(table + _SIZE_FIELD + size, old)
-    efi.memory.write_uint(table, size + len(old), _SIZE_FIELD)
-    if size + len(old):
-        efi.install_configuration_table(LINUX_EFI_RANDOM_SEED_TABLE_GUID, table)
-    else:
-        efi.free_pool(table)
+    size += _take_stored(efi, table + _SIZE_FIELD + size, stored)
+    if size:
+        efi.memory.write(table + _SIZE_FIELD + size, old_bits)
+        efi.memory.write_uint(table, size + len(old_bits), _SIZE_FIELD)
+        guid = efi.bytes_at_scratch(guid_bytes(LINUX_EFI_RANDOM_SEED_TABLE_GUID))
+        if efi.boot("InstallConfigurationTable", guid, table) == EfiStatus.EFI_SUCCESS:
+            return True
+    efi.memory.clear(table, table + _SIZE_FIELD + room)
+    efi.free_pool(table)
+    efi.warn("Failed to obtain seed from EFI_RNG_PROTOCOL or EFI variable")
+    return False
+
+
+def _take_stored(efi: EfiCalls, at: int, size: int) -> int:
+    """Put the ``size`` bytes of the variable at ``at`` and delete it; the number of bytes that count."""
+    if not size:
+        return 0
+    found = efi.read_variable(*_STORED, at, size)
+    if found and efi.set_variable(*_STORED, 0, b"") == EfiStatus.EFI_SUCCESS:
+        return found
+    efi.memory.clear(at, at + size)
+    return 0
 
 
 def _fill(efi: EfiCalls, protocol: int, at: int) -> int:
@@ -66,13 +94,13 @@ def _fill(efi: EfiCalls, protocol: int, at: int) -> int:
     return EFI_RANDOM_SEED_SIZE if status == EfiStatus.EFI_SUCCESS else 0
 
 
-def _old_seed(efi: EfiCalls) -> bytes:
-    """The bytes of a seed table that is installed already; one that is too long is left alone."""
+def _old_seed(efi: EfiCalls) -> tuple[int | None, bytes]:
+    """A seed table that is installed already, and its bytes; none of one that is too long."""
     table = efi.configuration_table(LINUX_EFI_RANDOM_SEED_TABLE_GUID)
     if table is None:
-        return b""
+        return None, b""
     size = efi.memory.read_uint(table, _SIZE_FIELD)
-    return efi.memory.read(table + _SIZE_FIELD, size) if size <= _MAX_SEED else b""
+    return table, efi.memory.read(table + _SIZE_FIELD, size) if size <= _MAX_SEED else b""
 
 
 def _get_rng(efi: EfiCalls, protocol: int, algorithm: int, size: int, at: int) -> int:

@@ -101,7 +101,7 @@ class TableOfStub:
         self._gpa = self._efi.configuration_table(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID)
         if self._gpa is not None:
             if GuestRecord(self._machine.memory, self._gpa, EFI_UNACCEPTED_MEMORY)["version"] != TABLE_VERSION:
-                self._efi.print_error("Unknown version of unaccepted memory table")
+                self._efi.error("Unknown version of unaccepted memory table")
                 raise EfiError(EfiStatus.EFI_UNSUPPORTED)
             return
         kind = EfiMemoryType.EfiUnacceptedMemoryType

@@ -47,9 +47,10 @@ class FwCfg:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Where the kernel's image lies, its entry point, and the handle that names it."""
+    """Where the kernel's image lies, its entry point, and the handles that name it and the device it came from."""
 
     handle: int
+    device: int
     base: int
     size: int
     entry: int
@@ -66,9 +67,9 @@ def load_image(services: EfiServices, fw_cfg: FwCfg) -> LoadedImage:
     handle = install_loaded_image(services, replace(image, started=True), cmdline=fw_cfg.cmdline)
     protocol = services.handles.interfaces(handle)[guid_bytes(EFI_LOADED_IMAGE_PROTOCOL_GUID)]
     record = GuestRecord(services.machine.memory, protocol.address, EFI_LOADED_IMAGE_PROTOCOL)
-    record["DeviceHandle"] = _install_path(services, vendor_media(QEMU_KERNEL_LOADER_FS_MEDIA_GUID))
+    device = record["DeviceHandle"] = _install_path(services, vendor_media(QEMU_KERNEL_LOADER_FS_MEDIA_GUID))
     record["FilePath"] = services.arena.put(EfiMemoryType.EfiBootServicesData, file_path("kernel") + END_NODE)
-    return LoadedImage(handle, image.base, image.size, image.entry)
+    return LoadedImage(handle, device, image.base, image.size, image.entry)
 
 
 def load_pe(services: EfiServices, data: bytes) -> Image | None:

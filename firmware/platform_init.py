@@ -13,13 +13,14 @@ from firmware.acpi import build_acpi
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
 from firmware.efi_types import ACPI_20_TABLE_GUID, SMBIOS3_TABLE_GUID, EfiMemoryType, guid_bytes
+from firmware.file_system import FileSystem
 from firmware.hob import Resource, ResourceType, read_hob_list
 from firmware.load_image import FwCfg, install_initrd, load_image
 from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import accepted_ram, high_memory, low_memory, mmio
 from firmware.paging import build_identity_map
-from firmware.setup import DEFAULT_SETUP, Setup, install_offers
+from firmware.setup import DEFAULT_SETUP, INITRD_FILE, Setup, install_offers
 from firmware.smbios import build_smbios
 from firmware.system_table import build_system_table
 from firmware.variables import VariableStore
@@ -58,10 +59,12 @@ def firmware(
     services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
     _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus))
-    if fw_cfg.initrd:
+    if fw_cfg.initrd and INITRD_FILE not in setup.offers:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
     install_offers(services, setup)
+    if INITRD_FILE in setup.offers:
+        FileSystem(services, {"kernel": fw_cfg.kernel, "initrd": fw_cfg.initrd}).install(image.device)
     machine.regs.cr3 = build_identity_map(machine.memory, arena)
     _install_table(services, SMBIOS3_TABLE_GUID, build_smbios(arena, accepted_ram(resources)))
     machine.regs.rsp = build_stack(services)

@@ -25,10 +25,14 @@ class Setup:
 
 DEFAULT_SETUP = Setup()
 
+INITRD_FILE = "initrd-file"
+"""The device that the kernel came from is a file system, with the initrd as ``initrd``, for a command line with
+``initrd=initrd``; nobody offers the initrd by LoadFile2 then. It comes with the kernel's image."""
 OFFERS: dict[str, Callable[[EfiServices, Setup], None]] = {
     "edkii-accept": lambda services, setup: install_memory_accept(services),
     "sev-accept": lambda services, setup: install_memory_acceptance(services),
     "rng": lambda services, setup: install_rng(services, seeded(setup.seed)),
+    INITRD_FILE: lambda services, setup: None,
 }
 """Protocols that a firmware may offer. OVMF has the first in a TD, the second under SEV-SNP, the third with a
 virtio-rng device or, since 2024, RDRAND."""

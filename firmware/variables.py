@@ -6,7 +6,7 @@ and for what the specification leaves open. Signed updates are not offered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from uuid import UUID
@@ -83,6 +83,10 @@ class VariableStore:
     def __init__(self, variables: Iterable[Variable] = ()) -> None:
         self._variables = {(each.vendor, each.name): each for each in variables}
         self.runtime = False
+
+    def __iter__(self) -> Iterator[Variable]:
+        """All of them, in that order."""
+        return iter(self._variables.values())
 
     def find(self, vendor: UUID, name: str) -> Variable | None:
         """The variable, if it can be seen now."""

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from guest.errors import FormatError
 from guest.units import U64_MAX
 from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     from cpu.binding import self_test
 
     parse_bzimage(_image(args.kernel))
+    if not args.decompressor:
+        _check_generation(args.kernel)
     self_test()
     differing, dead = [], []
     numbers = iter(range(args.first, args.first + args.maps))
@@ -116,6 +119,17 @@ def run(args: argparse.Namespace) -> int:
             dead.append(verdict)
     _report(args, differing, dead)
     return 1 if differing else 0
+
+
+def _check_generation(kernel: str) -> None:
+    """Our stub is that of 6.12; one that knows nothing of unaccepted memory would differ in every set-up."""
+    from tools.conformance.record_decompressor import knows_unaccepted_memory
+
+    if not knows_unaccepted_memory(_image(kernel)):
+        raise FormatError(
+            f"the EFI stub of {kernel}", found="nothing about unaccepted memory",
+            expected="that of 6.12; --decompressor is judged for this image too", source="drivers/firmware/efi/libstub",
+        )  # fmt: skip
 
 
 def _judge(args: argparse.Namespace) -> _JudgeOfStub | _JudgeOfDecompressor:

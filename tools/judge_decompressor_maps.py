@@ -1,4 +1,4 @@
-"""Random set-ups for a decompressor that is entered by a boot loader, in 12 profiles. The same seed, the same set-up.
+"""Random set-ups for a decompressor that is entered by a boot loader, in 13 profiles. The same seed, the same set-up.
 
 The fields are those of a recorded case (``tools.conformance.decompressor_set_up``).
 """
@@ -38,6 +38,15 @@ _SPECIAL, _RELIABLE, _PLUGGABLE = (
 _HOT_PLUGGABLE_NODE = 1 << 1
 _LINE_AT, _PARAMS_AT, _SRAT_AT, _DATA_PAGES = PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE, 4
 _MAP_PAGES, _FIRMWARE_PAGES = 16, 64
+_WORDS = (
+    "mem=1G", "mem=", "mem", "mem=0x", "mem=4G4", "mem=1E", "mem=18446744073709551615", "memmap=1M$", "memmap=$1M",
+    "memmap=1M@1G,2M$5G", "memmap=exactmap", "memmap=,,1M$1G", "memmap=1M$0", "memmap=0$1G", "memmap=1E$1E",
+    "memmap=64K!4G,1M#5G,2M$6G,3M$7G,4M$8G", "hugepages=", "hugepages=09", "hugepages=-1", "hugepages=1", "hugepagesz=",
+    "hugepagesz=1G", "hugepagesz=1048576K", "default_hugepagesz=1G", "nokaslr", "no5lvl", "movable_node", "acpi=off",
+    "--", "=", '"', 'a="b c', '"mem=2G', 'mem=2G"', "\xa0mem=2G", "debug", "quiet", "console=ttyS0", "x" * 1990,
+    "earlyprintk=ttyS0", "earlyprintk=serial,0x3f8,115200", "console=uart8250,io,0x3f8,115200n8",
+)  # fmt: skip
+_BLANKS = (" ", " ", " ", "  ", "\t", "\n", "\v", "\r", "\xa0")
 
 
 def set_up(number: int, seed: int, init_size: int) -> dict[str, Any]:
@@ -239,8 +248,14 @@ def _odd(rng: random.Random, case: dict[str, Any]) -> None:
         _option(case, text)
 
 
+def _cmdline(rng: random.Random, case: dict[str, Any]) -> None:
+    """Options in any order with odd values and quotes, all kinds of blanks between them, lines that are too long."""
+    case["cmdline"] = "".join(rng.choice(_WORDS) + rng.choice(_BLANKS) for _ in range(rng.randrange(1, 9)))
+
+
 PROFILES: dict[str, Callable[[random.Random, dict[str, Any]], None]] = {
     "plain": _plain, "frag": _frag, "attrs": _attrs, "mem": _mem, "memmap": _memmap, "hugepages": _hugepages,
     "setup_data": _setup_data, "srat": _srat, "e820": _e820, "nokaslr": _nokaslr, "none": _none, "odd": _odd,
+    "cmdline": _cmdline,
 }  # fmt: skip
 """What a profile changes in a set-up."""

@@ -1,4 +1,6 @@
-"""Random set-ups for a stub: a memory map and settings of a firmware, in 13 profiles. The same seed, the same set-up.
+"""Random set-ups for a stub: a memory map and settings of a firmware, in 22 profiles. The same seed, the same set-up.
+
+Profiles that are about memory are here, those about all else are in ``tools.judge_settings``.
 
 The fields are those of a recorded case (``tools.conformance.record_stub.SET_UP``).
 """
@@ -11,6 +13,7 @@ from typing import Any
 
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from guest.units import DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, SZ_1G, SZ_1M, SZ_2M, SZ_4G
+from tools import judge_settings
 
 Row = list[int]
 """Memory type, start, pages, attributes."""
@@ -174,9 +177,24 @@ def _odd(rng: random.Random, case: dict[str, Any]) -> None:
         case["descs"].append(_row(16, 128 * SZ_1G, 1000))
 
 
+def _tiny(rng: random.Random, case: dict[str, Any]) -> None:
+    """Memory that may be too small for the kernel, or lie so that it does not fit."""
+    top = rng.choice((64, 96, 100, 128)) * SZ_1M + rng.randrange(512) * PAGE_SIZE
+    case["descs"] = [_row(_CONVENTIONAL, 0, 160), _row(_CONVENTIONAL, SZ_1M, top - SZ_1M >> PAGE_SHIFT)]
+    if rng.random() < 0.5:
+        hole = rng.randrange(16 * SZ_1M, top - 16 * SZ_1M, PAGE_SIZE)
+        case["descs"][1:] = [
+            _row(_CONVENTIONAL, SZ_1M, hole - SZ_1M >> PAGE_SHIFT),
+            _row(0, hole, 1),
+            _row(_CONVENTIONAL, hole + PAGE_SIZE, (top - hole >> PAGE_SHIFT) - 1),
+        ]
+    case["descs"] += _high(rng, rng.randrange(3))
+    case["cmdline"] = rng.choice(("", "nokaslr", "quiet"))
+
+
 PROFILES: dict[str, Callable[[random.Random, dict[str, Any]], None]] = {
     "ovmf": _ovmf, "unaligned": _unaligned, "frag": _frag, "e820ext": _e820ext, "huge": _huge, "attrs": _attrs,
     "nounacc": _nounacc, "lowunacc": _lowunacc, "pretable": _pretable, "ebsretry": _ebsretry, "descsz": _descsz,
-    "kaslr": _kaslr, "odd": _odd,
+    "kaslr": _kaslr, "odd": _odd, "tiny": _tiny, **judge_settings.PROFILES,
 }  # fmt: skip
 """What a profile changes in a set-up."""

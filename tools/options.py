@@ -270,7 +270,9 @@ OPTIONS = (
         "variables", _variables, many=True,
     ),
     Option(
-        "offer", "LIST", "protocols that the firmware offers: edkii-accept (default), sev-accept, rng; or none",
+        "offer", "LIST",
+        "protocols that the firmware offers: edkii-accept (default), sev-accept, rng, initrd-file (for "
+        "initrd=initrd on the command line); or none",
         "offers", _offers,
     ),
     Option(

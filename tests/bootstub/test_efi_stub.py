@@ -26,9 +26,9 @@ E820_OF_4G = [  # of OVMF's memory map with an initrd of 9900 bytes; sizes in by
     (0x0000000000800000, 0x6000, 4),
     (0x0000000000806000, 0x5000, 1),
     (0x000000000080B000, 0x2000, 4),
-    (0x000000000080D000, 0x7D0EA000, 1),
-    (0x000000007D8F7000, 0x1000, 3),  # the last memory map, EfiACPIReclaimMemory
-    (0x000000007D8F8000, 0x11A8000, 1),
+    (0x000000000080D000, 0x7D0E9000, 1),
+    (0x000000007D8F6000, 0x1000, 3),  # the last memory map, EfiACPIReclaimMemory
+    (0x000000007D8F7000, 0x11A9000, 1),
     (0x000000007EAA0000, 0x102000, 2),
     (0x000000007EBA2000, 0x94A000, 1),
     (0x000000007F4EC000, 0x280000, 2),
@@ -66,11 +66,11 @@ def test_boot_params_to_the_byte(new_boot):
     want = bytearray(4096)
     want[0x200:0x26C] = sample_bzimage()[0x200:0x26C]  # setup_header from `jump` on, as it stands in the image
     for offset, fmt, *values in (
-        (0x078, "Q", 0x7D8F6000),  # unaccepted_memory
+        (0x078, "Q", 0x7D8F5000),  # unaccepted_memory
         (0x1C0, "4s", b"EL64"),
         (0x1C4, "I", 0x7EAA03B0),  # efi_systab
         (0x1C8, "II", 48, 1),  # efi_memdesc_size, efi_memdesc_version
-        (0x1D0, "II", 0x7D8F7028, 28 * 48),  # efi_memmap, behind struct efi_boot_memmap; efi_memmap_size
+        (0x1D0, "II", 0x7D8F6028, 28 * 48),  # efi_memmap, behind struct efi_boot_memmap; efi_memmap_size
         (0x1E0, "I", 32768),  # alt_mem_k
         (0x1E8, "B", 19),  # e820_entries
         (0x1EC, "B", 2),  # secure_boot: disabled
@@ -90,6 +90,7 @@ def test_boot_params_to_the_byte(new_boot):
     assert boot.physical.read(0x7D8F8000, len(INITRD)) == INITRD
     assert boot.physical.read(0x7D8FB000, 18) == b"nokaslr efi=debug\0"
     assert boot.physical.read(0x7EAA03B0, 8) == b"IBI SYST"
+    assert boot.physical.read(0x7D8F7000, 16) == struct.pack("<QQ", 0x7D8F8000, len(INITRD))  # for kexec
     assert (regs.rsi, regs.rip) == (0x7D8FC000, 0x1001200)
     assert "EFI stub: Loaded initrd from LINUX_EFI_INITRD_MEDIA_GUID device path" in printed(boot, "efi-stub")
 
@@ -133,9 +134,11 @@ def test_order_of_services(new_boot):
     assert services[services.index("HandleProtocol") :] == [
         "HandleProtocol",  # the loaded image
         "AllocatePages",  # boot_params
-        "AllocatePool",  # command line
+        "LocateProtocol", "AllocatePool",  # a TPM; command line
         "LocateDevicePath", "HandleProtocol", "LoadFile", "AllocatePages", "LoadFile", "OutputString",
-        "GetVariable",  # SecureBoot
+        "LocateProtocol", "AllocatePool", "InstallConfigurationTable",  # a TPM; the initrd's table
+        "GetVariable", "GetVariable",  # SecureBoot, MemoryOverwriteRequestControl
+        "LocateProtocol", "GetVariable", "LocateProtocol",  # random numbers, RandomSeed; a TPM
         "GetMemoryMap", "AllocatePool", "GetMemoryMap", "AllocatePages", "FreePool",  # allocate_e820: the bitmap
         "GetMemoryMap", "AllocatePool", "InstallConfigurationTable", "GetMemoryMap", "ExitBootServices",
     ]  # fmt: skip

@@ -219,8 +219,19 @@ def test_the_generator_follows_the_seed():
     assert not [r for r in boot.trace.records if getattr(r.event, "service", "") == "GetRNG"]
 
 
+def test_an_initrd_that_is_a_file(debian_kernel, file):
+    """With --offer initrd-file a real stub, and ours, read the initrd by its name on the command line."""
+    path = file("initrd.img", bytes(range(256)) * 5000)
+    words = ("--offer", "initrd-file", "--initrd", path, "--cmdline", "nokaslr initrd=initrd", "--protocol", "mainline")
+    for more in ((), ("--kernel", debian_kernel, "--run", "stub")):
+        boot = booted(*words, *more)
+        page = boot.physical.read(boot.machine.regs.rsi, 4096)
+        at, size = (int.from_bytes(page[offset : offset + 4], "little") for offset in (0x218, 0x21C))
+        assert boot.physical.read(at, size) == path.read_bytes()
+
+
 def test_offers_that_are_none(refused):
     """An unknown protocol is refused, and those that are known are named."""
-    assert "edkii-accept,sev-accept,rng" in refused("boot", "--offer", "rng,tpm")
+    assert "edkii-accept,sev-accept,rng,initrd-file" in refused("boot", "--offer", "rng,tpm")
     assert configured("--offer", "none").offers == ()
     assert configured().offers == ("edkii-accept",)

@@ -17,6 +17,8 @@ from tools.conformance.efi_names import guid_name
 Fields = dict[str, Any]
 _PATH_SIZE = 24
 _TABLES = {name: "bs" for name, _ in BOOT_SERVICES} | {name: "rt" for name, _ in RUNTIME_SERVICES}
+_TABLES |= {"AllowUnacceptedMemory": "sev", "LoadFile": "lf2", "OpenVolume": "fs"}
+_TABLES |= dict.fromkeys(("Open", "Close", "Read", "GetInfo"), "file")
 
 
 class RecordingGates(CallGates):
@@ -50,6 +52,12 @@ def _before_allocate_pages(memory: GuestMemory, args: tuple[int, ...]) -> Fields
 
 def _before_get_variable(memory: GuestMemory, args: tuple[int, ...]) -> Fields:
     return {"name": read_char16(memory, args[0]), "guid": guid_name(memory.read(args[1], 16))}
+
+
+def _before_set_variable(memory: GuestMemory, args: tuple[int, ...]) -> Fields:
+    name, guid, attributes, size, data = args
+    value = memory.read(data, size).hex() if size else ""
+    return _before_get_variable(memory, (name, guid)) | {"attr": attributes, "data": value}
 
 
 def _before_locate_device_path(memory: GuestMemory, args: tuple[int, ...]) -> Fields:
@@ -89,13 +97,19 @@ _BEFORE: dict[str, Callable[[GuestMemory, tuple[int, ...]], Fields]] = {
     "ExitBootServices": lambda memory, args: {"key": args[1]},
     "Exit": lambda memory, args: {"status": args[1]},
     "GetVariable": _before_get_variable,
+    "Open": lambda memory, args: {"name": read_char16(memory, args[2]), "mode": args[3]},
+    "Read": lambda memory, args: {"have": memory.read_uint(args[1], 8), "buf": args[2]},
     "GetRNG": _before_get_rng,
+    "LoadFile": lambda memory, args: {"policy": args[2], "have": memory.read_uint(args[3], 8), "buf": args[4]},
+    "SetVariable": _before_set_variable,
 }
 _AFTER: dict[str, Callable[[GuestMemory, tuple[int, ...], int], Fields]] = {
     "AllocatePages": _allocated(3),
     "AllocatePool": _allocated(2),
     "GetMemoryMap": _after_get_memory_map,
     "GetRNG": lambda memory, args, status: {"bytes": memory.read(args[3], args[2]).hex()},
+    "Read": lambda memory, args, status: {"got": memory.read_uint(args[1], 8)},
+    "LoadFile": lambda memory, args, status: {"need": memory.read_uint(args[3], 8)},
 }
 
 

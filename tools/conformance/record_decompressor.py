@@ -12,6 +12,7 @@ from typing import Any
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.bzimage import parse_bzimage
+from bootstub.cmdline import find_option
 from bootstub.decompressor import MAINLINE_DECOMPRESSOR, decompress
 from bootstub.events import KernelPlaced
 from bootstub.kaslr import boot_seed, build_string
@@ -197,8 +198,14 @@ class _OurRun(_Run):
     def results(self) -> dict[str, Any]:
         """What is said is what the real one says, which has a console only if it is told of it."""
         out = super().results()
-        heard = "earlyprintk=" in self._case["cmdline"]
+        heard = _names_a_port(self._case["cmdline"].encode())
         return out | {"serial": [line for line in out["serial"] if heard and not line.startswith(_DEBUG_TEXTS)]}
+
+
+def _names_a_port(line: bytes) -> bool:
+    """Whether a line makes the real decompressor speak (arch/x86/boot/early_serial_console.c, console_init())."""
+    earlyprintk, console = (find_option(line, name) or b"" for name in (b"earlyprintk", b"console"))
+    return earlyprintk.startswith((b"serial", b"ttyS", b",ttyS")) or console.startswith((b"uart8250,io,", b"uart,io,"))
 
 
 def knows_unaccepted_memory(image: bytes) -> bool:

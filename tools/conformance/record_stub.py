@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,7 +31,7 @@ _ENTERED = "entered kernel"
 _SETTINGS = ("tdx_max_level", "tdx", "already_accepted", "tsc0")
 SET_UP = (
     "id", "profile", "cmdline", "descs", "alloc_limit", "desc_size", "shuffle", "rng", "pretable", "ebs_fail",
-    "ebs_mutate", *_SETTINGS,
+    "ebs_mutate", "load_options", "initrd", "files", "variables", "seed_table", "offers", *_SETTINGS,
 )  # fmt: skip
 """Fields of a case that say what is run; the others say what came of it."""
 
@@ -105,7 +106,18 @@ class _Run(ABC):
             "console": self._gates.console,
             "cpuid": {f"{leaf:#x}": count for leaf, count in self._td.module.cpuids.items()},
             "rdtsc": self._td.rdtscs,
+            "variables": [
+                [each.name, str(each.vendor), each.attributes, each.data.hex()] for each in services.variables
+            ],
+            "seed_table": self._seed_table(dict(tables).get("LINUX_RANDOM_SEED")),
         }
+
+    def _seed_table(self, gpa: int | None) -> str | None:
+        """The random seed that the kernel is handed."""
+        if gpa is None:
+            return None
+        size = int.from_bytes(self._physical.read(gpa, 4), "little")
+        return self._physical.read(gpa, 4 + min(size, PAGE_SIZE)).hex()
 
     def _run_to_the_end(self, to_death: bool) -> str:
         """Run; returns how it ended."""
@@ -128,11 +140,18 @@ class _Run(ABC):
 
     def _boot_params(self, gpa: int) -> dict[str, Any]:
         page = self._physical.read(gpa, BOOT_PARAMS_SIZE)
+        record = RecordCopy(page, BOOT_PARAMS)
+        line, initrd, size = (
+            record[f"hdr.{low}"] | record[f"ext_{low}"] << 32
+            for low in ("cmd_line_ptr", "ramdisk_image", "ramdisk_size")
+        )
         return {
+            "command_line": self._physical.read(line, 2 * PAGE_SIZE).partition(b"\0")[0].hex(),
+            "initrd": hashlib.sha256(self._physical.read(initrd, size)).hexdigest() if size else None,
             "boot_params_pa": gpa,
             "boot_params": sparse(page),
             "e820": [[e.addr, e.size, e.type] for e in e820_table_of(page)],
-            "setup_data": list(self._setup_data(RecordCopy(page, BOOT_PARAMS)["hdr.setup_data"])),
+            "setup_data": list(self._setup_data(record["hdr.setup_data"])),
         }
 
     def _setup_data(self, head: int) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 from firmware.arena import Arena
 from firmware.boot_services import EfiServices
-from firmware.efi_types import EfiMemoryType, EfiStatus
+from firmware.efi_types import EFI_LOADED_IMAGE_PROTOCOL_GUID, EfiMemoryType, EfiStatus, guid_bytes
+from firmware.file_system import FileSystem
 from firmware.image_services import ImageServices
 from firmware.load_image import FwCfg, LoadedImage, install_initrd, load_image
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE, MemoryDescriptor
@@ -21,8 +23,12 @@ from firmware.memory_services import MemoryServices
 from firmware.paging import build_identity_map
 from firmware.platform_init import build_stack
 from firmware.rng import install_rng, repeating
+from firmware.setup import Setup, install_offers
 from firmware.system_table import build_system_table
+from firmware.tables import EFI_LOADED_IMAGE_PROTOCOL
+from firmware.variables import Variable, VariableStore
 from guest.ranges import Range
+from guest.records import GuestRecord
 from guest.units import PAGE_SHIFT, PAGE_SIZE, SZ_4G
 from tools.conformance.efi_names import guid_of
 from tools.conformance.recorded_td import RecordedTd
@@ -106,18 +112,32 @@ def start_firmware(
 ) -> tuple[RecordedServices, LoadedImage]:
     """Bring the machine of ``td`` to the entry point of ``image``."""
     services = _services(td, case)
+    services.variables = VariableStore(
+        Variable(name, UUID(vendor), attributes, bytes.fromhex(data))
+        for name, vendor, attributes, data in case.get("variables", ())
+    )
     regs = td.machine.regs
     regs.rdx = build_system_table(services)
     loaded = load_image(services, FwCfg(image, cmdline=case["cmdline"]))
     services.top = case.get("alloc_limit", SZ_4G)
-    if initrd:
+    if "load_options" in case:
+        _set_load_options(services, loaded, bytes.fromhex(case["load_options"]))
+    if "initrd" in case:
+        initrd = random.Random(case["initrd"]).randbytes(case["initrd"])
+    if initrd or "initrd" in case:
         install_initrd(services, initrd)
     regs.cr3 = build_identity_map(td.machine.memory, services.arena)
     regs.rsp = build_stack(services)
     if "rng" in case:
         install_rng(services, repeating(bytes.fromhex(case["rng"])))
+    if "files" in case:
+        files = {name: random.Random(size).randbytes(size) for name, size in case["files"].items()}
+        FileSystem(services, files).install(loaded.device)
+    install_offers(services, Setup(offers=tuple(case.get("offers", ()))))
     if "pretable" in case:
-        _install_table(services, build_table(**case["pretable"]))
+        _install_table(services, "LINUX_UNACCEPTED_MEM_TABLE", build_table(**case["pretable"]))
+    if "seed_table" in case:
+        _install_table(services, "LINUX_RANDOM_SEED", bytes.fromhex(case["seed_table"]))
     regs.rcx, regs.rip = loaded.handle, loaded.entry
     return services, loaded
 
@@ -140,11 +160,19 @@ def _services(td: RecordedTd, case: dict[str, Any]) -> RecordedServices:
     )  # fmt: skip
 
 
-def _install_table(services: RecordedServices, table: bytes) -> None:
-    """``pretable``: somebody before the image has installed the table of unaccepted memory."""
-    at = services.memory_map.allocate(EfiMemoryType.EfiACPIReclaimMemory, len(table), services.top)
+def _set_load_options(services: RecordedServices, loaded: LoadedImage, options: bytes) -> None:
+    """``load_options``: what the image's loader hands over, in place of a command line that ends."""
+    interface = services.handles.interfaces(loaded.handle)[guid_bytes(EFI_LOADED_IMAGE_PROTOCOL_GUID)]
+    record = GuestRecord(services.machine.memory, interface.address, EFI_LOADED_IMAGE_PROTOCOL)
+    record["LoadOptions"] = services.arena.put(EfiMemoryType.EfiBootServicesData, options) if options else 0
+    record["LoadOptionsSize"] = len(options)
+
+
+def _install_table(services: RecordedServices, name: str, table: bytes) -> None:
+    """Somebody before the image has installed a table: ``pretable``, ``seed_table``."""
+    at = services.allocate_pool(EfiMemoryType.EfiACPIReclaimMemory, len(table))
     if at is None:
-        raise services.machine.panic("no room for the table of unaccepted memory")
+        raise services.machine.panic(f"no room for the table {name}")
     services.machine.memory.write(at, table)
-    guid = services.arena.put(EfiMemoryType.EfiBootServicesData, guid_of("LINUX_UNACCEPTED_MEM_TABLE"))
+    guid = services.arena.put(EfiMemoryType.EfiBootServicesData, guid_of(name))
     services.handlers["InstallConfigurationTable"](guid, at)

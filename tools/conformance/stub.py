@@ -27,6 +27,8 @@ _COMPARED = (
     "table", "accept_calls", "still_pending", "config_tables", "map_at_bitmap", "map_at_exit", "console", "cpuid",
     "rdtsc", "died",
 )  # fmt: skip
+_COMPARED_IF_RECORDED = ("command_line", "initrd", "variables", "seed_table")
+"""What the first recordings do not have."""
 
 
 def run_case(case: dict[str, Any], image: bytes, ours: bool = False) -> list[str]:
@@ -64,7 +66,8 @@ def _differences(ours: dict[str, Any], recorded: dict[str, Any]) -> Iterator[str
     if recorded["map_at_bitmap"] == "map_at_exit":
         recorded = recorded | {"map_at_bitmap": recorded["map_at_exit"]}
     comparable = _comparable(ours), _comparable(recorded)
-    for name in (*_COMPARED, *_COMPARED_IN_PART):
+    in_both = tuple(name for name in _COMPARED_IF_RECORDED if name in ours and name in recorded)
+    for name in (*_COMPARED, *in_both, *_COMPARED_IN_PART):
         found, expected = (out.get(name) for out in comparable)
         if found != expected:
             yield f"{name}: {first_difference(found, expected)}"
