@@ -25,29 +25,27 @@ _VMEMMAP_ORDER = 9
 def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> int:
     """Plug in ``size`` bytes at ``start`` and bring them online in the last node's zone Normal; 0 or a negative errno.
 
+    The zone's span then reaches over that of zone Movable, if there is one (``default_zone_for_pfn``).
+
     -EINVAL: not whole blocks of 128 MiB, below 4 GiB, or not behind all memory; -EEXIST: there is memory already;
     -ENOMEM: no room for the struct pages. With ``accept`` all of it is accepted first.
     """
-    end = start + size
-    normal = (zone for zone in running.allocator.zones if zone.zone_type == ZoneType.ZONE_NORMAL)
-    zone = max(normal, key=lambda zone: zone.end_pfn)
+    end, zones = start + size, running.allocator.zones
+    last = max(zones, key=lambda zone: zone.end_pfn)
+    zone = next(zone for zone in zones if zone.node == last.node and zone.zone_type == ZoneType.ZONE_NORMAL)
     if start % MEMORY_BLOCK_SIZE or size % MEMORY_BLOCK_SIZE or start < SZ_4G:
         return -errno.EINVAL
     if system_ram(running).overlaps(start, end):
         return -errno.EEXIST
-    if PFN_DOWN(start) < zone.end_pfn:
+    if PFN_DOWN(start) < last.end_pfn:
         return -errno.EINVAL
     if not _populate_memmap(running, size):
         return -errno.ENOMEM
     running.plug(start, end)
     if accept and running.tdx:
         running.kernel.unaccepted.arch_accept(start, end)
-    if not zone.populated:
-        zone.zone_start_pfn = PFN_DOWN(start)
-    zone.spanned_pages = PFN_DOWN(end) - zone.zone_start_pfn
-    zone.present_pages += PFN_DOWN(size)
+    running.allocator.move_pfn_range_to_zone(zone, PFN_DOWN(start), PFN_DOWN(end))
     running.kernel.hotplugged.append(Range(start, end))
-    running.allocator.build_all_zonelists()
     running.allocator.free_pages_core(PFN_DOWN(start), PFN_DOWN(end))
     running.sysctl.init_per_zone_wmark_min()
     running.machine.trace.add(MemoryAdded(start, end, accept))

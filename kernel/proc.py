@@ -234,13 +234,14 @@ def _blocks_of_types(allocator: PageAllocator, zone: Zone) -> str:
     """Pageblocks of each type, counted where a zone's first page and every 512th behind it lies in a section."""
     counts = [0] * MIGRATE_TYPES
     start = zone.zone_start_pfn
-    for low, high in allocator.sections:
-        first = -(-(max(low, start) - start) // PAGEBLOCK_NR_PAGES)
-        last = -(-(min(high, zone.end_pfn) - start) // PAGEBLOCK_NR_PAGES)
-        counts[MIGRATE_MOVABLE] += max(last - first, 0)
-    for block, migratetype in allocator.pageblocks.others.items():
-        pfn = block * PAGEBLOCK_NR_PAGES + start % PAGEBLOCK_NR_PAGES
-        if start <= pfn < zone.end_pfn:
-            counts[MIGRATE_MOVABLE] -= 1
-            counts[migratetype] += 1
+    for own in allocator.pages_of_zone(zone):
+        for low, high in allocator.sections.within(*own):
+            first = -(-(low - start) // PAGEBLOCK_NR_PAGES)
+            last = -(-(high - start) // PAGEBLOCK_NR_PAGES)
+            counts[MIGRATE_MOVABLE] += max(last - first, 0)
+        for block, migratetype in allocator.pageblocks.others.items():
+            pfn = block * PAGEBLOCK_NR_PAGES + start % PAGEBLOCK_NR_PAGES
+            if pfn in range(*own):
+                counts[MIGRATE_MOVABLE] -= 1
+                counts[migratetype] += 1
     return _zone_label(zone) + " " + "".join(f"{count:12} " for count in counts)
