@@ -1,7 +1,7 @@
 """Memory that comes after boot (mm/memory_hotplug.c): the host plugs it in, the kernel brings it online.
 
 The record of unaccepted memory is as long as memory was at boot, and says nothing of it: to the page allocator such
-memory is accepted. In a TD it is not, unless the driver accepts it before it goes online, which no released kernel does
+memory is accepted, or, with v9, what the bytes behind the bitmap say. In a TD it is not, unless the driver accepts it before it goes online, which no released kernel does
 ("x86/tdx: Fix memory hotplug in TDX guests", March 2026, is under discussion): the first use ends the guest.
 """
 
