@@ -1,8 +1,9 @@
 """Memory that comes after boot (mm/memory_hotplug.c): the host plugs it in, the kernel brings it online.
 
 The record of unaccepted memory is as long as memory was at boot, and says nothing of it: to the page allocator such
-memory is accepted, or, with v9, what the bytes behind the bitmap say. In a TD it is not, unless the driver accepts it before it goes online, which no released kernel does
-("x86/tdx: Fix memory hotplug in TDX guests", March 2026, is under discussion): the first use ends the guest.
+memory is accepted, or, with v9, what the bytes behind the bitmap say. In a TD it is not, unless the driver accepts it
+before it goes online, which no released kernel does ("x86/tdx: Fix memory hotplug in TDX guests", March 2026, is under
+discussion): the first use ends the guest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> i
         return -errno.EEXIST
     if PFN_DOWN(start) < last.end_pfn:
         return -errno.EINVAL
-    if not _populate_memmap(running, size):
+    if not _populate_memmap(running, last.node, size):
         return -errno.ENOMEM
     running.plug(start, end)
     if accept and running.tdx:
@@ -52,12 +53,12 @@ def add_memory(running: RunningKernel, start: int, size: int, accept: bool) -> i
     return 0
 
 
-def _populate_memmap(running: RunningKernel, size: int) -> bool:
+def _populate_memmap(running: RunningKernel, node: int, size: int) -> bool:
     """Struct pages for the new sections: 2 MiB each, written to. False if there is no memory for all of them."""
     requests, cpu = running.requests, running.cpus.current
     taken: list[int] = []
     for _ in range(size // MEMORY_BLOCK_SIZE):
-        pfn = requests.alloc(_VMEMMAP_ORDER, "GFP_KERNEL", cpu)
+        pfn = requests.alloc(_VMEMMAP_ORDER, "GFP_KERNEL", cpu, node)
         if pfn is None:
             for other in taken:
                 requests.free(other, _VMEMMAP_ORDER, cpu)

@@ -93,13 +93,14 @@ class Shell:
     # Allocations.
 
     def _alloc(self, command: Command) -> None:
+        self._check_node(command.node)
         unaccepted, start = self.running.nr_unaccepted(), self.running.machine.clock.ns
         done: list[tuple[int, int]] = []
 
         def allocate(cpu: Cpu) -> None:
             for _ in range(command.count):
                 self.cpus.cond_resched()
-                pfn = self.running.requests.alloc(command.order, command.text, cpu)
+                pfn = self.running.requests.alloc(command.order, command.text, cpu, command.node)
                 if pfn is None:
                     break
                 done.append((pfn, command.order))
@@ -114,6 +115,14 @@ class Shell:
             return
         wanted, ns = command.count * len(cpus), self.running.machine.clock.ns - start
         self._add(ParallelAllocation(cpu_list(cpus).strip(), command.order, len(done), wanted, accepted, ns))
+
+    def _check_node(self, node: int | None) -> None:
+        nodes = self.running.allocator.zonelists.nodes
+        if node is not None and node not in nodes:
+            raise FormatError(
+                f"node {node}", found="no such node", expected=f"one of {', '.join(map(str, nodes))}",
+                source="boot --script help",
+            )  # fmt: skip
 
     def _free(self, command: Command) -> None:
         blocks = self.blocks[_name(command)]

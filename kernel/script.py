@@ -15,7 +15,8 @@ HELP = """\
 A script has one command a line; # starts a comment.
 
 alloc ORDER [COUNT]          allocate COUNT blocks (default 1) of 2^ORDER pages, and write to them
-  alloc order N x COUNT gfp FLAGS as NAME    the same in words; FLAGS as GFP_KERNEL (default GFP_HIGHUSER_MOVABLE)
+  alloc order N x COUNT gfp FLAGS node N as NAME    the same in words; FLAGS as GFP_KERNEL (default
+                             GFP_HIGHUSER_MOVABLE), first from that node (default: the CPU's own)
 free ORDER [COUNT]           free the blocks of that order without a name, the last ones first
 free NAME [x COUNT]          free the blocks of that name, all without COUNT
 on cpu[s] LIST alloc ...     each CPU of LIST (0-3,7) does it, all at the same time
@@ -45,6 +46,7 @@ _TIME = re.compile(r"([0-9]{1,15})(ns|us|ms|s)")
 _NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 _CPU_LIST = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
 _WORD = re.compile(r"\S+")
+_ALLOC_WORDS = {"order": "order", "x": "count", "gfp": "text", "node": "node", "as": "name"}
 _READERS = ("zeropad", "kcore", "vmcore", "devmem")
 
 
@@ -62,6 +64,7 @@ class Command:
     order: int = 0
     count: int = 1
     name: str = ""
+    node: int | None = None
     cpus: tuple[int, ...] = ()
     start: int = 0
     size: int = 0
@@ -110,7 +113,7 @@ class ScriptSyntax:
 
     def _alloc(self, words: list[str]) -> Command | None:
         """``ORDER [COUNT]``, then options by name."""
-        fields = _options(_positional(words), {"order": "order", "x": "count", "gfp": "text", "as": "name"})
+        fields = _options(_positional(words), _ALLOC_WORDS)
         if fields is None or "order" not in fields:
             return None
         fields = {"text": DEFAULT_GFP} | fields
@@ -159,7 +162,7 @@ def _positional(words: list[str]) -> list[str]:
 
 def _options(words: list[str], fields: dict[str, str]) -> dict[str, Any] | None:
     """``name value`` pairs as fields, each once; None if they are not that."""
-    forms = {"order": _NUMBER, "count": _NUMBER, "text": _WORD, "name": _NAME}
+    forms = {"order": _NUMBER, "count": _NUMBER, "node": _NUMBER, "text": _WORD, "name": _NAME}
     found: dict[str, Any] = {}
     for name, value in zip(words[::2], words[1::2], strict=False):
         field = fields.get(name)

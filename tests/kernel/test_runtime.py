@@ -9,6 +9,8 @@ import pytest
 from bootstub.protocol import MAINLINE
 from kernel.events import Allocation, FileRead, FileWrite
 from kernel.runtime import Shell, parse_script
+from tdx.machine_type import MachineType
+from tools.numa import Numa, numa_nodes
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -151,3 +153,15 @@ def test_runtime_before_mm_init(new_boot):
     """A stage out of order is wrong use of ours."""
     with pytest.raises(ValueError, match="runtime before mm-init"):
         Shell(new_boot("setup-arch").kernel, lambda start, end: None)
+
+
+@pytest.mark.parametrize("words", ["on cpu 1 alloc 0 100", "alloc order 0 x 100 node 1", "on cpu 0 alloc 0 100 node 1"])
+def test_memory_of_the_right_node(ran, words):
+    """A CPU allocates from its own node, or from the one that is asked for; the other keeps what it has."""
+    nodes = numa_nodes(Numa(count=2), MachineType().ram(4 * GIB))
+    cat = "cat /sys/devices/system/node/node{}/meminfo\n"
+    boot, events = ran(f"{words}\n{cat.format(0)}{cat.format(1)}", nodes=nodes, cpus=2)
+    used = [int(re.search(r"MemUsed: +(\d+) kB", event.text)[1]) for event in events if isinstance(event, FileRead)]
+    assert (used[0], used[1] >= 400) == (0, True)
+    counters = boot.kernel.allocator.buddies[-1]
+    assert (counters.numa_local if words.startswith("on cpu 1") else counters.numa_other) > 0
