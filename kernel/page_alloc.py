@@ -6,6 +6,7 @@ There is no CMA, no compaction and no memory cgroup. What reclaim does is up to 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from guest.ranges import Range, RangeMap, RangeSet
@@ -70,6 +71,8 @@ class PageAllocator:
         self.cpu_nodes: list[int] = []
         """The node of each CPU that is online."""
         self.hooks = slowpath.Hooks()
+        self.vm_events = Counter[str]()
+        """Events of /proc/vmstat, but for those that zones and lists count."""
         self.online_cpu(zones[0].node if zones else 0)
 
     @property
@@ -194,14 +197,15 @@ class PageAllocator:
 
     def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
-        for low_pfn, high_pfn, number in self._zone_of_page.runs(start_pfn, end_pfn):
-            if number is None or not self.zones[number].populated:
-                raise ValueError(f"page {low_pfn:#x}: it is in no zone")
-            yield self.buddies[number], low_pfn, high_pfn
+        for low_pfn, high_pfn, _ in self._zone_of_page.runs(start_pfn, end_pfn):
+            yield self.page_zone(low_pfn), low_pfn, high_pfn
 
     def page_zone(self, pfn: int) -> ZoneBuddy:
         """The zone of a page; ``ValueError`` if it is in none."""
-        return next(self._zone_slices(pfn, pfn + 1))[0]
+        number = self._zone_of_page[pfn]
+        if number is None or not self.zones[number].populated:
+            raise ValueError(f"page {pfn:#x}: it is in no zone")
+        return self.buddies[number]
 
     def _free_small_blocks(self, buddy: ZoneBuddy, start_pfn: int, end_pfn: int) -> None:
         """Free less than a ``MAX_ORDER`` block; what is unaccepted is accepted at once."""

@@ -10,6 +10,7 @@ from kernel.cpus import Cpus
 from kernel.kernel import Kernel
 from kernel.page_alloc import PageAllocator
 from kernel.page_requests import PageRequests
+from kernel.reclaim import PageCache
 from kernel.sysctl import Sysctl
 
 
@@ -22,6 +23,7 @@ class RunningKernel:
     cpus: Cpus
     sysctl: Sysctl
     requests: PageRequests
+    cache: PageCache
     tdx: bool
     plug: Callable[[int, int], None]
 

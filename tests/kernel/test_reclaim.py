@@ -80,7 +80,7 @@ def test_premature_out_of_memory(new_bitmap):
     """
     guest, cache, _ = before_watermarks(new_bitmap, BEFORE_THE_FIX)
     assert cache.kills > 0
-    assert OutOfMemory(GFP_HIGHUSER_MOVABLE, 0, True) in guest.events
+    assert OutOfMemory(GFP_HIGHUSER_MOVABLE, 0, "process", 9216) in guest.events
     assert (guest.accepted, guest.zones[0].nr_unaccepted) == ([], 9216)  # a free block waits too, for its guard
     guest, cache, got = before_watermarks(new_bitmap, MAINLINE_MM)
     assert (got, cache.kills, guest.zones[0].nr_unaccepted) == (10_240, 0, 0)
