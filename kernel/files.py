@@ -54,6 +54,10 @@ FILES = {
         lambda running: f"{running.sysctl.watermark_scale_factor}\n",
         lambda running, text: running.sysctl.write_watermark_scale_factor(text),
     ),
+    "/proc/sys/vm/nr_hugepages": KernelFile(
+        lambda running: f"{running.sysctl.nr_hugepages}\n",
+        lambda running, text: running.sysctl.write_nr_hugepages(text),
+    ),
     "/proc/sys/kernel/watchdog_thresh": KernelFile(
         lambda running: f"{running.sysctl.watchdog_thresh}\n",
         lambda running, text: running.sysctl.write_watchdog_thresh(text),

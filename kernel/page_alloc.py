@@ -25,6 +25,7 @@ from kernel.gfp import (
     ALLOC_WMARK_MASK,
     GFP_KERNEL,
 )
+from kernel.hstate import Hugetlb
 from kernel.lazy_accept import MAX_ORDER_SIZE, LazyAccept
 from kernel.migratetype import MIGRATE_MOVABLE, MIGRATE_PCPTYPES, PAGEBLOCK_ORDER, Pageblocks
 from kernel.mm_rules import V9_MM, MmRules
@@ -71,6 +72,7 @@ class PageAllocator:
         self.cpu_nodes: list[int] = []
         """The node of each CPU that is online."""
         self.hooks = slowpath.Hooks()
+        self.hugetlb = Hugetlb()
         self.vm_events = Counter[str]()
         """Events of /proc/vmstat, but for those that zones and lists count."""
         self.online_cpu(zones[0].node if zones else 0)

@@ -45,7 +45,10 @@ def meminfo(allocator: PageAllocator) -> str:
         "CommitLimit": managed // 2 << KBYTES_SHIFT,
         "VmallocTotal": (1 << 45) - 1 >> 10,
         "Unaccepted": _total(zones, "nr_unaccepted") << KBYTES_SHIFT,
-        "Hugepagesize": PAGEBLOCK_NR_PAGES << KBYTES_SHIFT,
+        "HugePages_Total": allocator.hugetlb.default.nr_huge_pages(),
+        "HugePages_Free": allocator.hugetlb.default.nr_huge_pages(),
+        "Hugepagesize": allocator.hugetlb.default.size >> 10,
+        "Hugetlb": sum(pool.nr_huge_pages() * pool.size for pool in allocator.hugetlb.hstates) >> 10,
         "DirectMap4k": small_kb,
         "DirectMap2M": present_kb - small_kb,
     }
@@ -76,6 +79,8 @@ def node_meminfo(allocator: PageAllocator, node: int) -> str:
         **_lru(file, anon),
         "FilePages": file,
         "Unaccepted": _total(zones, "nr_unaccepted") << KBYTES_SHIFT,
+        "HugePages_Total": allocator.hugetlb.default.nr_huge_pages(node),
+        "HugePages_Free": allocator.hugetlb.default.nr_huge_pages(node),
     }
     narrow = () if allocator.rules.is_6_12 else ("FileHugePages", "FilePmdMapped")
     lines = [_meminfo_line(f"Node {node} ", 17, name, kbytes) for name in proc_names.NODE_MEMINFO]

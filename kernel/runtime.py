@@ -14,6 +14,7 @@ from kernel.cpus import Cpu, Cpus
 from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation, Taken
 from kernel.files import ACCEPT_MEMORY, cpu_list, files, is_file, is_writable, read_file, write_file
 from kernel.gfp import GFP_NAMES
+from kernel.hugetlb import hugetlb_init
 from kernel.kernel import Kernel
 from kernel.memory_hotplug import add_memory
 from kernel.page_alloc import PageAllocator
@@ -66,8 +67,12 @@ class Shell:
         if allocator is None:
             raise ValueError("runtime before mm-init")
         cpus = _bring_up_cpus(kernel, allocator, seed)
+        sysctl = Sysctl(allocator, cpus)
+        hugetlb_init(kernel, allocator)
+        if kernel.hugetlb_gigantic:
+            sysctl.setup_per_zone_wmarks()  # khugepaged comes later
         self.running = RunningKernel(
-            kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
+            kernel, allocator, cpus, sysctl, PageRequests(allocator),
             PageCache(allocator, touch=lambda pfn: kernel.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + 1))),
             tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
