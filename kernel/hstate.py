@@ -135,7 +135,7 @@ class Hugetlb:
         self._unnamed = Hstate(0)
 
     def complete(self) -> None:
-        """What is left of hugetlb_init() before pages are allocated: pools of all sizes, and the default one's pages."""
+        """What hugetlb_init() does before pages are allocated: pools of all sizes, and the default one's pages."""
         for size in reversed(self._sizes):
             self.add(size)
         unnamed = self._unnamed.max_huge_pages
@@ -166,7 +166,7 @@ class Hugetlb:
 
 
 def _read_counts(pool: Hstate, value: str, nodes: set[int]) -> str | None:
-    """``N`` or ``NODE:N[,NODE:N...]`` into the pool; the part that is wrong, if one is. What follows is not looked at."""
+    """``N`` or ``NODE:N[,NODE:N...]`` into the pool; the part that is wrong, if one is. Text behind it is no matter."""
     at, total, of_node = 0, 0, {}
     while at < len(value) or not at:
         match = _NUMBER.match(value, at)

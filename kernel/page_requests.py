@@ -17,7 +17,7 @@ class PageRequests:
         self._allocator = allocator
 
     def alloc(self, order: int, gfp: str, cpu: Cpu, node: int | None = None) -> int | None:
-        """A block of ``order`` for ``cpu``, from ``node`` or its own if possible: its first pfn, None if there is none."""
+        """A block of ``order`` for ``cpu``, from ``node`` or its own node if possible: its first pfn, or None."""
         nid = self._allocator.cpu_nodes[cpu.number] if node is None else node
         return self._allocator.alloc_pages(GFP_NAMES[gfp], order, nid, cpu.number)
 
