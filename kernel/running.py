@@ -12,6 +12,7 @@ from kernel.page_alloc import PageAllocator
 from kernel.page_requests import PageRequests
 from kernel.reclaim import PageCache
 from kernel.sysctl import Sysctl
+from kernel.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class RunningKernel:
     sysctl: Sysctl
     requests: PageRequests
     cache: PageCache
+    tracing: Tracing
     tdx: bool
     plug: Callable[[int, int], None]
 

@@ -24,6 +24,7 @@ from kernel.reclaim import PageCache
 from kernel.running import RunningKernel
 from kernel.script import HELP, Command, ScriptSyntax
 from kernel.sysctl import Sysctl, parse_integer
+from kernel.tracing import Tracing
 from kernel.unaccepted_memory import Exclusion
 from tdx.guest import tdx_guest_detected
 
@@ -74,7 +75,7 @@ class Shell:
         self.running = RunningKernel(
             kernel, allocator, cpus, sysctl, PageRequests(allocator),
             PageCache(allocator, touch=lambda pfn: kernel.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + 1))),
-            tdx_guest_detected(kernel.machine), plug,
+            Tracing(kernel.machine.trace, cpus), tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
         self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         """Allocated blocks by name, without one by order: first page and order of each."""
