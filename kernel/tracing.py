@@ -50,15 +50,13 @@ class Tracing:
 
     def text(self) -> str:
         """The file ``trace``. Everything runs in the script's shell, process 1; its flags are not known."""
-        head = (
-            f"# entries-in-buffer/entries-written: {len(self._entries)}/{self._written}   #P:{len(self._cpus.online)}"
-        )
+        counts = f"{len(self._entries)}/{self._written}   #P:{len(self._cpus.online)}"
         lines = (
             f"{'sh':>16}-{1:<7} [{cpu:03}] ..... {ns // 1_000_000_000:5}.{ns // 1000 % 1_000_000:06}: "
             f"mm_page_alloc_extfrag: {text}\n"
             for ns, cpu, text in self._entries
         )
-        return f"# tracer: nop\n#\n{head}\n#\n{_HEADER}" + "".join(lines)
+        return f"# tracer: nop\n#\n# entries-in-buffer/entries-written: {counts}\n#\n{_HEADER}" + "".join(lines)
 
     def clear(self) -> None:
         """A write to ``trace`` empties the buffer."""
