@@ -20,6 +20,8 @@ from kernel.zone_watermark import wmark_pages, zone_watermark_ok
 
 SWAP_CLUSTER_MAX = 32
 """Pages that one round of reclaim wants."""
+MOST_READ_AGAIN = 50_000
+"""Pages of a cache in use that are read again during one command; from then on it shrinks, and thrashing ends."""
 _READ_AGAIN = GFP_HIGHUSER_MOVABLE & ~(Gfp.DIRECT_RECLAIM | Gfp.KSWAPD_RECLAIM)
 """Others do that, while reclaim is at work."""
 
@@ -44,6 +46,7 @@ class PageCache:
         self._kswapd_failures: dict[int, int] = {}
         self._endless: set[int] = set()
         """Nodes whose kswapd goes on for ever."""
+        self._read_again = 0
         self.reclaimed = 0
         """Pages reclaimed so far."""
         self.kswapd_woken = 0
@@ -59,6 +62,10 @@ class PageCache:
     def __len__(self) -> int:
         return sum(map(len, self._pages.values()))
 
+    def new_command(self) -> None:
+        """Those who use the cache have new patience."""
+        self._read_again = 0
+
     # Who takes pages.
 
     def read(self, count: int = 1, *, node: int = 0, cpu: int = 0, gfp: int = GFP_HIGHUSER_MOVABLE) -> int:
@@ -72,6 +79,10 @@ class PageCache:
             buddy.inactive_file += 1
             self._pages[buddy.code].append(pfn)
         return count
+
+    def start(self, name: str) -> None:
+        """A process of that name runs, if it does not yet."""
+        self._processes.setdefault(name, [])
 
     def run(self, count: int, name: str = "process", *, node: int = 0, cpu: int = 0) -> int:
         """Let a process take ``count`` pages; how many it got before there were no more, or it was killed."""
@@ -168,13 +179,18 @@ class PageCache:
                 self._allocator.free_pages(pages.popleft(), 0)
                 buddy.inactive_file -= 1
                 freed += 1
-            for pcp in buddy.pagesets:
+            for pcp in buddy.pagesets if freed else ():
                 pcp.drain()
         self.reclaimed += freed
         for name in _counters(who):
             self._allocator.vm_events[name] += freed
-        if self.in_use and freed:
+        if self.in_use and freed and self._read_again < MOST_READ_AGAIN:
+            self._read_again += freed
             self.read(freed, node=node, gfp=_READ_AGAIN)
+            if self._read_again >= MOST_READ_AGAIN:
+                unaccepted = sum(zone.nr_unaccepted for zone in self._allocator.zones)
+                rounds = self._read_again // SWAP_CLUSTER_MAX
+                self._allocator.record(EndlessReclaim("thrashing", rounds, self._read_again, unaccepted))
         return freed
 
     def _kill(self) -> str:

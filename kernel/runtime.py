@@ -103,6 +103,7 @@ class Shell:
         """Run them in order. What ends the guest is raised."""
         for command in commands:
             self.cpus.idle()
+            self.running.cache.new_command()
             self._verbs[command.verb](command)
 
     # Allocations.
@@ -156,11 +157,16 @@ class Shell:
         unaccepted, taken = self.running.nr_unaccepted(), 0
         cache.in_use = cache.in_use or command.text == "in-use"
 
+        if name:
+            cache.start(name)
+
         def take(cpu: Cpu) -> None:
             nonlocal taken
             where = {"node": nodes[cpu.number], "cpu": cpu.number}
             for at in range(0, command.count, _AT_A_TIME):
                 self.cpus.cond_resched()
+                if name and not cache.runs(name):
+                    break
                 count = min(_AT_A_TIME, command.count - at)
                 got = cache.run(count, name, **where) if name else cache.read(count, **where)
                 taken += got
