@@ -60,6 +60,8 @@ class ZoneBuddy:
         """Pages handed out, but for those that the per-CPU lists count (``fast_allocs``)."""
         self.fresh = 0
         """Pages that came from memblock or were accepted (part of PGFREE)."""
+        self.inactive_file = self.inactive_anon = 0
+        """Pages of the page cache and of processes (NR_ZONE_INACTIVE_FILE, NR_ZONE_INACTIVE_ANON)."""
         self.numa_hit = self.numa_miss = self.numa_foreign = self.numa_local = self.numa_other = 0
 
     def add_cpu(self) -> None:

@@ -1,7 +1,7 @@
 """The kernel command line: splitting (lib/cmdline.c, next_arg) and the early parameters of interest.
 
 Names compare as in the kernel: a dash is an underscore. Of a parameter that is given twice the last one counts, but
-``mem=``, ``memmap=`` and ``hugepages=`` add up.
+``mem=`` and ``memmap=`` add up. Those of huge pages are read later (``kernel/hstate.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from guest.units import PMD_SIZE, memparse, simple_strtoull
+from guest.units import memparse, simple_strtoull
 from kernel.memmap_param import MapEdit, parse_mem, parse_memmap
 
 _SPACES = frozenset(" \t\n\v\f\r\xa0")
@@ -52,9 +52,6 @@ class EarlyParams:
     movablecore: CoreMemory = CoreMemory()
     shuffle: bool = False
     """``page_alloc.shuffle=``: kept, but free lists are not shuffled."""
-    hugepages: dict[int, int] = field(default_factory=dict)
-    """Number of huge pages to allocate, by their size (``hugepagesz=``, ``hugepages=``)."""
-    _hugepagesz: int = PMD_SIZE
 
 
 def parse_early_param(command_line: str) -> EarlyParams:
@@ -152,23 +149,6 @@ def _shuffle(params: EarlyParams, value: str | None) -> bool:
     return True
 
 
-def _hugepagesz(params: EarlyParams, value: str | None) -> bool:
-    size = memparse(value or "")[0]
-    if size not in (PMD_SIZE, PMD_SIZE << 9):
-        return False
-    params._hugepagesz = size
-    return True
-
-
-def _hugepages(params: EarlyParams, value: str | None) -> bool:
-    """A number, or ``node:number`` pairs, whose nodes do not matter here."""
-    counts = [simple_strtoull(part.rpartition(":")[2]) for part in (value or "").split(",")]
-    if value is None or any(rest for _, rest in counts):
-        return False
-    params.hugepages[params._hugepagesz] = sum(count for count, _ in counts)
-    return True
-
-
 _HANDLERS: dict[str, Callable[[EarlyParams, str | None], bool]] = {
     "accept_memory": _accept_memory,
     "nokaslr": _nokaslr,
@@ -182,8 +162,6 @@ _HANDLERS: dict[str, Callable[[EarlyParams, str | None], bool]] = {
     "kernelcore": _kernelcore,
     "movablecore": _movablecore,
     "page_alloc.shuffle": _shuffle,
-    "hugepagesz": _hugepagesz,
-    "hugepages": _hugepages,
 }
 """What a parameter does; False where the kernel says that it is malformed."""
 

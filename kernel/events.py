@@ -104,8 +104,33 @@ class MmPageAllocExtfrag(Event):
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory(Event):
-    """A request that reclaim could not help; ``killed`` says if the OOM killer made room (``out_of_memory``)."""
+    """A request that reclaim could not help: who was killed for it, empty if there was nobody (``out_of_memory``).
+
+    ``unaccepted_pages`` waited then in the zones that it may use.
+    """
 
     gfp: int
     order: int
+    victim: str
+    unaccepted_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndlessReclaim(Event):
+    """kswapd or a request reclaimed for so many rounds that it would go on for ever, beside unaccepted memory."""
+
+    who: str
+    rounds: int
+    reclaimed: int
+    unaccepted_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Event):
+    """The page cache or a process (``who``) took ``pages`` of the ``wanted`` ones; ``killed`` on its way."""
+
+    who: str
+    pages: int
+    wanted: int
+    accepted_pages: int
     killed: bool

@@ -14,8 +14,10 @@ from kernel import proc
 from kernel.cpus import Cpu
 from kernel.page_alloc import PageAllocator
 from kernel.running import RunningKernel
+from kernel.sysctl import parse_integer
 
 ACCEPT_MEMORY = "/sys/kernel/mm/page_alloc/accept_memory"
+TRACING = "/sys/kernel/tracing"
 _FALSE, _TRUE = ("0", "n", "N", "off"), ("1", "y", "Y", "on")
 
 
@@ -36,6 +38,20 @@ def _accept_memory(running: RunningKernel, text: str) -> int:
     return running.allocator.accept_memory_sysfs(text)
 
 
+def _enable_event(running: RunningKernel, text: str) -> int:
+    """A write to an event's ``enable``: 0 or 1."""
+    value = parse_integer(text)
+    if value not in (0, 1):
+        return -errno.EINVAL
+    running.tracing.enable(bool(value))
+    return len(text)
+
+
+def _clear_trace(running: RunningKernel, text: str) -> int:
+    running.tracing.clear()
+    return len(text)
+
+
 def cpu_list(cpus: Sequence[Cpu]) -> str:
     """``0-3,7``, as the kernel prints a cpumask (``%*pbl``)."""
     numbers = [cpu.number for cpu in cpus]
@@ -54,12 +70,20 @@ FILES = {
         lambda running: f"{running.sysctl.watermark_scale_factor}\n",
         lambda running, text: running.sysctl.write_watermark_scale_factor(text),
     ),
+    "/proc/sys/vm/nr_hugepages": KernelFile(
+        lambda running: f"{running.sysctl.nr_hugepages}\n",
+        lambda running, text: running.sysctl.write_nr_hugepages(text),
+    ),
     "/proc/sys/kernel/watchdog_thresh": KernelFile(
         lambda running: f"{running.sysctl.watchdog_thresh}\n",
         lambda running, text: running.sysctl.write_watchdog_thresh(text),
     ),
     "/sys/devices/system/cpu/present": KernelFile(lambda running: cpu_list(running.cpus.all)),
     "/sys/devices/system/cpu/online": KernelFile(lambda running: cpu_list(running.cpus.online)),
+    f"{TRACING}/events/kmem/mm_page_alloc_extfrag/enable": KernelFile(
+        lambda running: f"{running.tracing.enabled:d}\n", _enable_event
+    ),
+    f"{TRACING}/trace": KernelFile(lambda running: running.tracing.text(), _clear_trace),
     ACCEPT_MEMORY: KernelFile(write=_accept_memory, v9_only=True),
 }
 

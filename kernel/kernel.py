@@ -78,6 +78,8 @@ class Kernel:
     node_data: dict[int, int] = field(default_factory=dict)
     """Address of each node's pg_data_t."""
     swiotlb_size: int = 0
+    hugetlb_gigantic: list[int] = field(default_factory=list)
+    """Addresses of the huge pages of 1 GiB that memblock gave."""
     hotplugged: list[Range] = field(default_factory=list)
     """Memory that was added after boot."""
     build: KernelBuild = field(default_factory=KernelBuild)

@@ -17,7 +17,6 @@ from guest.units import (
     PFN_DOWN,
     PFN_PHYS,
     PFN_UP,
-    SZ_1G,
     SZ_1M,
     SZ_64M,
     round_up,
@@ -27,6 +26,7 @@ from kernel.crash_reserve import reserve_crashkernel
 from kernel.e820_setup import e820_setup_pci_gap
 from kernel.efi import efi_free_boot_services
 from kernel.events import STRUCT_PAGE_SIZE
+from kernel.hugetlb import parse_hugetlb
 from kernel.kernel import Kernel
 from kernel.madt import Madt, parse_madt
 from kernel.memblock import SMP_CACHE_BYTES
@@ -68,7 +68,7 @@ def mm_init(kernel: Kernel) -> None:
     if not kernel.mm_rules.prints_memory_late:
         print_zonelists(kernel, allocator)
     _print_unknown_bootoptions(kernel)
-    _gigantic_pages(kernel)
+    parse_hugetlb(kernel, allocator)
     if len(nodes) == 1:  # else they are spread over nodes by vmalloc, later (hashdist)
         for name, scale in (("Dentry", 13), ("Inode", 14)):
             _alloc_large_system_hash(kernel, name, hash_pages, scale)
@@ -191,14 +191,6 @@ def _print_unknown_bootoptions(kernel: Kernel) -> None:
     text = " ".join(words)
     kernel.machine.print(f'Unknown kernel command line parameters "{text}", will be passed to user space.')
     kernel.memblock.phys_free(found, size, who="start_kernel")
-
-
-def _gigantic_pages(kernel: Kernel) -> None:
-    """Huge pages of 1 GiB come from memblock, as many as there is room for (hugetlb_hstate_alloc_pages())."""
-    for _ in range(kernel.early.hugepages.get(SZ_1G, 0) if kernel.gbpages else 0):
-        form, who = "alloc_try_nid_raw", "__alloc_bootmem_huge_page"
-        if not kernel.memblock.alloc_try_nid(SZ_1G, SZ_1G, who=who, form=form):
-            return
 
 
 def _alloc_large_system_hash(kernel: Kernel, name: str, pages: int, scale: int) -> None:

@@ -6,10 +6,10 @@ There is no CMA, no compaction and no memory cgroup. What reclaim does is up to 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from guest.ranges import RangeSet
+from guest.ranges import Range, RangeMap, RangeSet
 from guest.trace import Event
 from guest.units import PFN_DOWN, PFN_PHYS, round_down, round_up
 from kernel import slowpath
@@ -25,6 +25,7 @@ from kernel.gfp import (
     ALLOC_WMARK_MASK,
     GFP_KERNEL,
 )
+from kernel.hstate import Hugetlb
 from kernel.lazy_accept import MAX_ORDER_SIZE, LazyAccept
 from kernel.migratetype import MIGRATE_MOVABLE, MIGRATE_PCPTYPES, PAGEBLOCK_ORDER, Pageblocks
 from kernel.mm_rules import V9_MM, MmRules
@@ -39,7 +40,7 @@ _ZONE_SHIFT = ORDER_BITS + TYPE_BITS
 
 
 class PageAllocator:
-    """Buddy allocator over ``zones``, which may be of several nodes; spans of zones do not overlap.
+    """Buddy allocator over ``zones``, which may be of several nodes; only hot-add makes spans of zones overlap.
 
     With ``lazy`` (``accept_memory=lazy``) whole blocks of unaccepted memory wait on ``zone.unaccepted_pages``
     until they are needed; otherwise all memory is accepted when it is freed for the first time. ``record`` takes
@@ -60,6 +61,9 @@ class PageAllocator:
         )
         self.accept = LazyAccept(unaccepted, rules, lazy=lazy)
         self.deferred = DeferredPages(self._free_deferred)
+        self._zone_of_page: RangeMap[int | None] = RangeMap(None)
+        for number, zone in enumerate(zones):
+            self._zone_of_page.assign(zone.zone_start_pfn, zone.end_pfn, number)
         self._managed = RangeSet()
         self.sections = RangeSet()
         """Sections of struct pages that there are, as page frames."""
@@ -68,6 +72,9 @@ class PageAllocator:
         self.cpu_nodes: list[int] = []
         """The node of each CPU that is online."""
         self.hooks = slowpath.Hooks()
+        self.hugetlb = Hugetlb()
+        self.vm_events = Counter[str]()
+        """Events of /proc/vmstat, but for those that zones and lists count."""
         self.online_cpu(zones[0].node if zones else 0)
 
     @property
@@ -92,14 +99,24 @@ class PageAllocator:
         return len(self.cpu_nodes) - 1
 
     def build_all_zonelists(self) -> None:
-        """Find which zones have memory, and the order in which each node's requests look at them.
-
-        Again after a zone changed its span.
-        """
-        self._by_start = sorted((b for b in self.buddies if b.zone.populated), key=lambda b: b.zone.zone_start_pfn)
-        self._starts = [buddy.zone.zone_start_pfn for buddy in self._by_start]
+        """Find which zones have memory, and the order in which each node's requests look at them."""
         self.zonelists = Zonelists(self.buddies, set(self.cpu_nodes), self._distances)
         self._contexts = {node: Contexts(self.zonelists, node) for node in self.zonelists.nodes}
+
+    def move_pfn_range_to_zone(self, zone: Zone, start_pfn: int, end_pfn: int) -> None:
+        """Let a zone have the pages ``[start_pfn, end_pfn)``, all of them present; its span can reach over others."""
+        low = min(zone.zone_start_pfn, start_pfn) if zone.populated else start_pfn
+        zone.spanned_pages = max(zone.end_pfn, end_pfn) - low
+        zone.zone_start_pfn = low
+        zone.present_pages += end_pfn - start_pfn
+        self._zone_of_page.assign(start_pfn, end_pfn, self.zones.index(zone))
+        self.build_all_zonelists()
+
+    def pages_of_zone(self, zone: Zone) -> Iterator[Range]:
+        """The ranges of a zone's span that are not another zone's."""
+        number = self.zones.index(zone)
+        runs = self._zone_of_page.runs(zone.zone_start_pfn, zone.end_pfn)
+        return (Range(start, end) for start, end, owner in runs if owner == number)
 
     def setup_per_cpu_pageset(self) -> None:
         """Give the per-CPU lists their sizes; before that they hold nothing."""
@@ -120,7 +137,7 @@ class PageAllocator:
 
     def drain_all_pages(self) -> None:
         """Spill all per-CPU lists back into the free lists."""
-        for buddy in self._by_start:
+        for buddy in self.buddies:
             for pcp in buddy.pagesets:
                 pcp.drain()
 
@@ -182,17 +199,15 @@ class PageAllocator:
 
     def _zone_slices(self, start_pfn: int, end_pfn: int) -> Iterator[tuple[ZoneBuddy, int, int]]:
         """``[start_pfn, end_pfn)`` cut at zone borders; ``ValueError`` if some page is in no zone."""
-        while start_pfn < end_pfn:
-            buddy = self.page_zone(start_pfn)
-            yield buddy, start_pfn, min(end_pfn, buddy.zone.end_pfn)
-            start_pfn = buddy.zone.end_pfn
+        for low_pfn, high_pfn, _ in self._zone_of_page.runs(start_pfn, end_pfn):
+            yield self.page_zone(low_pfn), low_pfn, high_pfn
 
     def page_zone(self, pfn: int) -> ZoneBuddy:
         """The zone of a page; ``ValueError`` if it is in none."""
-        index = bisect_right(self._starts, pfn) - 1
-        if index < 0 or pfn >= self._by_start[index].zone.end_pfn:
+        number = self._zone_of_page[pfn]
+        if number is None or not self.zones[number].populated:
             raise ValueError(f"page {pfn:#x}: it is in no zone")
-        return self._by_start[index]
+        return self.buddies[number]
 
     def _free_small_blocks(self, buddy: ZoneBuddy, start_pfn: int, end_pfn: int) -> None:
         """Free less than a ``MAX_ORDER`` block; what is unaccepted is accepted at once."""

@@ -16,9 +16,10 @@ class PageRequests:
     def __init__(self, allocator: PageAllocator) -> None:
         self._allocator = allocator
 
-    def alloc(self, order: int, gfp: str, cpu: Cpu) -> int | None:
-        """A block of ``order`` for ``cpu``: its first pfn; None if there is none."""
-        return self._allocator.alloc_pages(GFP_NAMES[gfp], order, cpu=cpu.number)
+    def alloc(self, order: int, gfp: str, cpu: Cpu, node: int | None = None) -> int | None:
+        """A block of ``order`` for ``cpu``, from ``node`` or its own node if possible: its first pfn, or None."""
+        nid = self._allocator.cpu_nodes[cpu.number] if node is None else node
+        return self._allocator.alloc_pages(GFP_NAMES[gfp], order, nid, cpu.number)
 
     def free(self, pfn: int, order: int, cpu: Cpu) -> None:
         """Give a block back to the list of ``cpu``."""

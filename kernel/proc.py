@@ -1,14 +1,13 @@
 """Texts of /proc/meminfo, vmstat, zoneinfo, buddyinfo and pagetypeinfo, and of a node's meminfo in /sys.
 
 Format and order of all lines are the kernel's (fs/proc/meminfo.c, mm/vmstat.c, drivers/base/node.c), of Debian's
-configuration; ``Unaccepted`` and ``nr_unaccepted``: v9 02/14. What this kernel does not have (processes, slabs, swap)
-is 0.
+configuration; ``Unaccepted`` and ``nr_unaccepted``: v9 02/14. What this kernel does not have (slabs, swap) is 0.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from kernel import proc_names
 from kernel.buddy import ZoneBuddy
@@ -32,30 +31,53 @@ def meminfo(allocator: PageAllocator) -> str:
     zones = allocator.zones
     managed, free = _total(zones, "managed_pages"), _total(zones, "nr_free_pages")
     present_kb = _total(zones, "present_pages") << KBYTES_SHIFT
+    file, anon = (_pages_of(allocator.buddies, field) << KBYTES_SHIFT for field in ("inactive_file", "inactive_anon"))
     small_kb = present_kb % (PAGEBLOCK_NR_PAGES << KBYTES_SHIFT)
     kbytes = {
         "MemTotal": managed << KBYTES_SHIFT,
         "MemFree": free << KBYTES_SHIFT,
-        "MemAvailable": max(free - totalreserve_pages(zones), 0) << KBYTES_SHIFT,
+        "MemAvailable": _available(allocator) << KBYTES_SHIFT,
+        **_lru(file, anon),
+        "Cached": file,
         "CommitLimit": managed // 2 << KBYTES_SHIFT,
         "VmallocTotal": (1 << 45) - 1 >> 10,
         "Unaccepted": _total(zones, "nr_unaccepted") << KBYTES_SHIFT,
-        "Hugepagesize": PAGEBLOCK_NR_PAGES << KBYTES_SHIFT,
+        "HugePages_Total": allocator.hugetlb.default.nr_huge_pages(),
+        "HugePages_Free": allocator.hugetlb.default.nr_huge_pages(),
+        "Hugepagesize": allocator.hugetlb.default.size >> 10,
+        "Hugetlb": sum(pool.nr_huge_pages() * pool.size for pool in allocator.hugetlb.hstates) >> 10,
         "DirectMap4k": small_kb,
         "DirectMap2M": present_kb - small_kb,
     }
     return "".join(_meminfo_line("", 19, name, kbytes) for name in _names(allocator, proc_names.MEMINFO))
 
 
+def _lru(file: int, anon: int) -> dict[str, int]:
+    return {"Inactive": file + anon, "Inactive(anon)": anon, "Inactive(file)": file, "AnonPages": anon}
+
+
+def _available(allocator: PageAllocator) -> int:
+    """Free pages and most of the page cache, which can be reclaimed (``si_mem_available``)."""
+    zones, pagecache = allocator.zones, _pages_of(allocator.buddies, "inactive_file")
+    low = sum(zone.watermark.low for zone in zones)
+    return max(_total(zones, "nr_free_pages") - totalreserve_pages(zones) + pagecache - min(pagecache // 2, low), 0)
+
+
 def node_meminfo(allocator: PageAllocator, node: int) -> str:
     """/sys/devices/system/node/nodeN/meminfo."""
-    zones = [zone for zone in allocator.zones if zone.node == node]
+    buddies = [buddy for buddy in allocator.buddies if buddy.zone.node == node]
+    zones = [buddy.zone for buddy in buddies]
+    file, anon = (_pages_of(buddies, field) << KBYTES_SHIFT for field in ("inactive_file", "inactive_anon"))
     managed, free = _total(zones, "managed_pages"), _total(zones, "nr_free_pages")
     kbytes = {
         "MemTotal": managed << KBYTES_SHIFT,
         "MemFree": free << KBYTES_SHIFT,
         "MemUsed": managed - free << KBYTES_SHIFT,
+        **_lru(file, anon),
+        "FilePages": file,
         "Unaccepted": _total(zones, "nr_unaccepted") << KBYTES_SHIFT,
+        "HugePages_Total": allocator.hugetlb.default.nr_huge_pages(node),
+        "HugePages_Free": allocator.hugetlb.default.nr_huge_pages(node),
     }
     narrow = () if allocator.rules.is_6_12 else ("FileHugePages", "FilePmdMapped")
     lines = [_meminfo_line(f"Node {node} ", 17, name, kbytes) for name in proc_names.NODE_MEMINFO]
@@ -77,11 +99,13 @@ def vmstat(allocator: PageAllocator) -> str:
     """/proc/vmstat: pages by state, then events since boot."""
     values = Counter[str]()
     for buddy in allocator.buddies:
-        values.update(_zone_stats(buddy.zone))
+        values.update(_zone_stats(buddy))
+        values.update(_node_stats([buddy]))
         values.update(_numa_stats(allocator, buddy))
         values[f"pgalloc_{buddy.zone.name.lower()}"] += _pgalloc(buddy)
         values["pgfree"] += _pgalloc(buddy) + buddy.fresh
     values["pgfree"] -= allocator.nr_in_use()
+    values.update(allocator.vm_events)
     values["nr_memmap_boot_pages"] = allocator.nr_sections * PAGEBLOCK_NR_PAGES
     lists = (
         proc_names.ZONE_STATS,
@@ -144,8 +168,22 @@ def _zone_label(zone: Zone) -> str:
     return f"Node {zone.node}, zone {zone.name:>8}"
 
 
-def _zone_stats(zone: Zone) -> dict[str, int]:
-    return {"nr_free_pages": zone.nr_free_pages, "nr_unaccepted": zone.nr_unaccepted}
+def _pages_of(buddies: Iterable[ZoneBuddy], field: str) -> int:
+    return sum(getattr(buddy, field) for buddy in buddies)
+
+
+def _zone_stats(buddy: ZoneBuddy) -> dict[str, int]:
+    return {
+        "nr_free_pages": buddy.zone.nr_free_pages,
+        "nr_zone_inactive_anon": buddy.inactive_anon,
+        "nr_zone_inactive_file": buddy.inactive_file,
+        "nr_unaccepted": buddy.zone.nr_unaccepted,
+    }
+
+
+def _node_stats(buddies: Sequence[ZoneBuddy]) -> dict[str, int]:
+    file, anon = (_pages_of(buddies, field) for field in ("inactive_file", "inactive_anon"))
+    return {"nr_inactive_anon": anon, "nr_inactive_file": file, "nr_anon_pages": anon, "nr_file_pages": file}
 
 
 def _pgalloc(buddy: ZoneBuddy) -> int:
@@ -173,7 +211,9 @@ def _zoneinfo_of_node(allocator: PageAllocator, node: int) -> Iterator[str]:
         yield f"Node {node}, zone {name:>8}"
         if kind == first:
             yield "  per-node stats"
-            yield from (f"      {name:<12} 0" for name in _names(allocator, proc_names.NODE_STATS))
+            stats = _node_stats(list(own.values()))
+            names = _names(allocator, proc_names.NODE_STATS)
+            yield from (f"      {name:<12} {stats.get(name, 0)}" for name in names)
         buddy = own.get(kind)
         yield from _zone_numbers(allocator, None if buddy is None else buddy.zone, kind)
         if buddy is not None and buddy.zone.populated:
@@ -200,7 +240,7 @@ def _zone_numbers(allocator: PageAllocator, zone: Zone | None, kind: int) -> Ite
 
 def _populated_zone(allocator: PageAllocator, buddy: ZoneBuddy) -> Iterator[str]:
     """Counters and per-CPU lists."""
-    values = {**_zone_stats(buddy.zone), **_numa_stats(allocator, buddy)}
+    values = {**_zone_stats(buddy), **_numa_stats(allocator, buddy)}
     names = (*_names(allocator, proc_names.ZONE_STATS), *proc_names.ZONE_NUMA_STATS)
     yield from (f"      {name:<12} {values.get(name, 0)}" for name in names)
     yield "  pagesets"
@@ -231,13 +271,14 @@ def _blocks_of_types(allocator: PageAllocator, zone: Zone) -> str:
     """Pageblocks of each type, counted where a zone's first page and every 512th behind it lies in a section."""
     counts = [0] * MIGRATE_TYPES
     start = zone.zone_start_pfn
-    for low, high in allocator.sections:
-        first = -(-(max(low, start) - start) // PAGEBLOCK_NR_PAGES)
-        last = -(-(min(high, zone.end_pfn) - start) // PAGEBLOCK_NR_PAGES)
-        counts[MIGRATE_MOVABLE] += max(last - first, 0)
-    for block, migratetype in allocator.pageblocks.others.items():
-        pfn = block * PAGEBLOCK_NR_PAGES + start % PAGEBLOCK_NR_PAGES
-        if start <= pfn < zone.end_pfn:
-            counts[MIGRATE_MOVABLE] -= 1
-            counts[migratetype] += 1
+    for own in allocator.pages_of_zone(zone):
+        for low, high in allocator.sections.within(*own):
+            first = -(-(low - start) // PAGEBLOCK_NR_PAGES)
+            last = -(-(high - start) // PAGEBLOCK_NR_PAGES)
+            counts[MIGRATE_MOVABLE] += max(last - first, 0)
+        for block, migratetype in allocator.pageblocks.others.items():
+            pfn = block * PAGEBLOCK_NR_PAGES + start % PAGEBLOCK_NR_PAGES
+            if pfn in range(*own):
+                counts[MIGRATE_MOVABLE] -= 1
+                counts[migratetype] += 1
     return _zone_label(zone) + " " + "".join(f"{count:12} " for count in counts)

@@ -10,7 +10,9 @@ from kernel.cpus import Cpus
 from kernel.kernel import Kernel
 from kernel.page_alloc import PageAllocator
 from kernel.page_requests import PageRequests
+from kernel.reclaim import PageCache
 from kernel.sysctl import Sysctl
+from kernel.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -22,6 +24,8 @@ class RunningKernel:
     cpus: Cpus
     sysctl: Sysctl
     requests: PageRequests
+    cache: PageCache
+    tracing: Tracing
     tdx: bool
     plug: Callable[[int, int], None]
 

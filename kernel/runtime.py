@@ -11,23 +11,29 @@ from guest.trace import Event
 from guest.units import PFN_PHYS
 from kernel.accept_exclusion import BitmapSpinlock, NoExclusion, RangesInFlight
 from kernel.cpus import Cpu, Cpus
-from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation
+from kernel.events import Allocation, CommandResult, FileRead, FileWrite, MemoryRead, ParallelAllocation, Taken
 from kernel.files import ACCEPT_MEMORY, cpu_list, files, is_file, is_writable, read_file, write_file
 from kernel.gfp import GFP_NAMES
+from kernel.hugetlb import hugetlb_init
 from kernel.kernel import Kernel
 from kernel.memory_hotplug import add_memory
 from kernel.page_alloc import PageAllocator
 from kernel.page_requests import PageRequests
 from kernel.readers import block_ranges, load_unaligned_zeropad, read_devmem, read_kcore, read_vmcore
+from kernel.reclaim import PageCache
 from kernel.running import RunningKernel
 from kernel.script import HELP, Command, ScriptSyntax
 from kernel.sysctl import Sysctl, parse_integer
+from kernel.tracing import Tracing
 from kernel.unaccepted_memory import Exclusion
 from tdx.guest import tdx_guest_detected
 
 _LOOK = "cat /proc/meminfo\ncat /proc/buddyinfo\n"
 _ALLOCATE = "cat /proc/meminfo\nalloc 9 96\nalloc 0 256\n"
 _KEXEC_DISABLED = "Disable kexec: not yet supported on systems with unaccepted memory"
+
+_AT_A_TIME = 64
+"""Pages that the page cache or a process takes between two looks at the other CPUs."""
 
 SYNTAX = ScriptSyntax(is_file, is_writable, GFP_NAMES)
 
@@ -62,15 +68,24 @@ class Shell:
         if allocator is None:
             raise ValueError("runtime before mm-init")
         cpus = _bring_up_cpus(kernel, allocator, seed)
+        sysctl = Sysctl(allocator, cpus)
+        hugetlb_init(kernel, allocator)
+        if kernel.hugetlb_gigantic:
+            sysctl.setup_per_zone_wmarks()  # khugepaged comes later
         self.running = RunningKernel(
-            kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
-            tdx_guest_detected(kernel.machine), plug,
+            kernel, allocator, cpus, sysctl, PageRequests(allocator),
+            PageCache(allocator, touch=lambda pfn: kernel.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + 1))),
+            Tracing(kernel.machine.trace, cpus), tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
         self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         """Allocated blocks by name, without one by order: first page and order of each."""
         self._verbs: dict[str, Callable[[Command], None]] = {
             "alloc": self._alloc,
             "free": self._free,
+            "cache": self._take,
+            "run": self._take,
+            "exit": self._exit,
+            "kswapd": self._kswapd,
             "cat": self._cat,
             "echo": self._echo,
             "sleep": lambda command: kernel.machine.clock.advance(command.ns),
@@ -88,18 +103,20 @@ class Shell:
         """Run them in order. What ends the guest is raised."""
         for command in commands:
             self.cpus.idle()
+            self.running.cache.new_command()
             self._verbs[command.verb](command)
 
     # Allocations.
 
     def _alloc(self, command: Command) -> None:
+        self._check_node(command.node)
         unaccepted, start = self.running.nr_unaccepted(), self.running.machine.clock.ns
         done: list[tuple[int, int]] = []
 
         def allocate(cpu: Cpu) -> None:
             for _ in range(command.count):
                 self.cpus.cond_resched()
-                pfn = self.running.requests.alloc(command.order, command.text, cpu)
+                pfn = self.running.requests.alloc(command.order, command.text, cpu, command.node)
                 if pfn is None:
                     break
                 done.append((pfn, command.order))
@@ -115,6 +132,14 @@ class Shell:
         wanted, ns = command.count * len(cpus), self.running.machine.clock.ns - start
         self._add(ParallelAllocation(cpu_list(cpus).strip(), command.order, len(done), wanted, accepted, ns))
 
+    def _check_node(self, node: int | None) -> None:
+        nodes = self.running.allocator.zonelists.nodes
+        if node is not None and node not in nodes:
+            raise FormatError(
+                f"node {node}", found="no such node", expected=f"one of {', '.join(map(str, nodes))}",
+                source="boot --script help",
+            )  # fmt: skip
+
     def _free(self, command: Command) -> None:
         blocks = self.blocks[_name(command)]
 
@@ -125,6 +150,45 @@ class Shell:
                     self.running.requests.free(*blocks.pop(), cpu)
 
         self._on(command, free)
+
+    def _take(self, command: Command) -> None:
+        """Pages for the page cache or a process, from the CPU's own node."""
+        cache, nodes, name = self.running.cache, self.running.allocator.cpu_nodes, command.name
+        unaccepted, taken = self.running.nr_unaccepted(), 0
+        cache.in_use = cache.in_use or command.text == "in-use"
+
+        if name:
+            cache.start(name)
+
+        def take(cpu: Cpu) -> None:
+            nonlocal taken
+            where = {"node": nodes[cpu.number], "cpu": cpu.number}
+            for at in range(0, command.count, _AT_A_TIME):
+                self.cpus.cond_resched()
+                if name and not cache.runs(name):
+                    break
+                count = min(_AT_A_TIME, command.count - at)
+                got = cache.run(count, name, **where) if name else cache.read(count, **where)
+                taken += got
+                if got < count:
+                    break
+
+        wanted = command.count * len(self._on(command, take))
+        who, killed = f"run {name}" if name else "cache", bool(name) and not cache.runs(name)
+        self._add(Taken(who, taken, wanted, unaccepted - self.running.nr_unaccepted(), killed))
+
+    def _exit(self, command: Command) -> None:
+        known = self.running.cache.runs(command.name)
+        self.running.cache.exit(command.name)
+        self._add(CommandResult(f"exit {command.name}", 0 if known else -errno.ESRCH))
+
+    def _kswapd(self, command: Command) -> None:
+        self._check_node(command.node)
+        assert command.node is not None
+        before = self.running.cache.reclaimed
+        self.running.cache.wakeup_kswapd(command.node)
+        reclaimed = self.running.cache.reclaimed - before
+        self._add(CommandResult(f"kswapd {command.node}", 0, f"{reclaimed} pages reclaimed"))
 
     def _on(self, command: Command, job: Callable[[Cpu], None]) -> Sequence[Cpu]:
         """Run a job on the CPUs of a command side by side; without any, on the boot CPU. Returns the CPUs."""

@@ -15,11 +15,19 @@ HELP = """\
 A script has one command a line; # starts a comment.
 
 alloc ORDER [COUNT]          allocate COUNT blocks (default 1) of 2^ORDER pages, and write to them
-  alloc order N x COUNT gfp FLAGS as NAME    the same in words; FLAGS as GFP_KERNEL (default GFP_HIGHUSER_MOVABLE)
+  alloc order N x COUNT gfp FLAGS node N as NAME    the same in words; FLAGS as GFP_KERNEL (default
+                             GFP_HIGHUSER_MOVABLE), first from that node (default: the CPU's own)
 free ORDER [COUNT]           free the blocks of that order without a name, the last ones first
 free NAME [x COUNT]          free the blocks of that name, all without COUNT
 on cpu[s] LIST alloc ...     each CPU of LIST (0-3,7) does it, all at the same time
 on cpu[s] LIST free ...
+cache SIZE [in-use]          read SIZE of files into the page cache; in-use: from now on a page of it that is reclaimed
+                             is read again at once, as those of programs that run
+run NAME SIZE                a process of that name takes SIZE of memory; the OOM killer may kill it
+exit NAME                    it ends
+kswapd [NODE]                wake kswapd of a node: it reclaims until a zone is above its high watermark
+on cpu[s] LIST cache ...     from the memory of that CPU's node
+on cpu[s] LIST run ...
 sleep TIME                   let virtual time pass: 10ms, 2s, 500us
 cat PATH                     print a file of /proc or /sys
 echo TEXT > PATH             write to a file of /proc/sys or /sys
@@ -45,6 +53,8 @@ _TIME = re.compile(r"([0-9]{1,15})(ns|us|ms|s)")
 _NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 _CPU_LIST = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
 _WORD = re.compile(r"\S+")
+_ALLOC_WORDS = {"order": "order", "x": "count", "gfp": "text", "node": "node", "as": "name"}
+_ON_CPUS = ("alloc", "free", "cache", "run")
 _READERS = ("zeropad", "kcore", "vmcore", "devmem")
 
 
@@ -52,8 +62,9 @@ _READERS = ("zeropad", "kcore", "vmcore", "devmem")
 class Command:
     """One line of a script: its verb and operands, checked.
 
-    ``text`` is what ``echo`` writes, the GFP flags of an allocation, or the kind of a reader; ``name`` is that of
-    blocks. ``start`` and ``size`` are bytes, ``ns`` nanoseconds. ``cpus`` is empty without ``on``.
+    ``text`` is what ``echo`` writes, the GFP flags of an allocation, the kind of a reader or ``in-use``; ``name`` is
+    that of blocks or of a process. ``start`` and ``size`` are bytes, ``ns`` nanoseconds. ``cpus`` is empty without
+    ``on``.
     """
 
     verb: str
@@ -62,6 +73,7 @@ class Command:
     order: int = 0
     count: int = 1
     name: str = ""
+    node: int | None = None
     cpus: tuple[int, ...] = ()
     start: int = 0
     size: int = 0
@@ -79,6 +91,10 @@ class ScriptSyntax:
             "alloc": self._alloc,
             "free": _free,
             "on": self._on,
+            "cache": _cache,
+            "run": _run,
+            "exit": lambda words: Command("exit", name=words[0]) if len(words) == 1 and _is_name(words[0]) else None,
+            "kswapd": _kswapd,
             "sleep": _sleep,
             "cat": self._cat,
             "echo": self._echo,
@@ -112,17 +128,17 @@ class ScriptSyntax:
 
     def _alloc(self, words: list[str]) -> Command | None:
         """``ORDER [COUNT]``, then options by name."""
-        fields = _options(_positional(words), {"order": "order", "x": "count", "gfp": "text", "as": "name"})
+        fields = _options(_positional(words), _ALLOC_WORDS)
         if fields is None or "order" not in fields:
             return None
         fields = {"text": DEFAULT_GFP} | fields
         return _checked(Command("alloc", **fields)) if fields["text"] in self._gfp_names else None
 
     def _on(self, words: list[str]) -> Command | None:
-        if len(words) < 3 or words[0] not in ("cpu", "cpus") or words[2] not in ("alloc", "free"):
+        if len(words) < 3 or words[0] not in ("cpu", "cpus") or words[2] not in _ON_CPUS:
             return None
         cpus = parse_cpu_list(words[1])
-        command = self._alloc(words[3:]) if words[2] == "alloc" else _free(words[3:])
+        command = self._verbs[words[2]](words[3:])
         return replace(command, cpus=cpus) if command is not None and cpus else None
 
     def _cat(self, words: list[str]) -> Command | None:
@@ -161,7 +177,7 @@ def _positional(words: list[str]) -> list[str]:
 
 def _options(words: list[str], fields: dict[str, str]) -> dict[str, Any] | None:
     """``name value`` pairs as fields, each once; None if they are not that."""
-    forms = {"order": _NUMBER, "count": _NUMBER, "text": _WORD, "name": _NAME}
+    forms = {"order": _NUMBER, "count": _NUMBER, "node": _NUMBER, "text": _WORD, "name": _NAME}
     found: dict[str, Any] = {}
     for name, value in zip(words[::2], words[1::2], strict=False):
         field = fields.get(name)
@@ -182,6 +198,30 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
             return ()
         cpus.update(range(int(low), int(high or low) + 1))
     return tuple(sorted(cpus))
+
+
+def _cache(words: list[str]) -> Command | None:
+    if words[1:] not in ([], ["in-use"]):
+        return None
+    return _sized(Command("cache", text=" ".join(words[1:])), words[:1])
+
+
+def _run(words: list[str]) -> Command | None:
+    return _sized(Command("run", name=words[0]), words[1:]) if words and _is_name(words[0]) else None
+
+
+def _kswapd(words: list[str]) -> Command | None:
+    if len(words) > 1 or not all(map(_NUMBER.fullmatch, words)):
+        return None
+    return Command("kswapd", node=int(words[0]) if words else 0)
+
+
+def _sized(command: Command, words: list[str]) -> Command | None:
+    """``command`` with a number of pages that is given as bytes."""
+    size, rest = memparse(words[0]) if len(words) == 1 else (0, "")
+    if rest or not size or size % PAGE_SIZE or size // PAGE_SIZE > MAX_COUNT:
+        return None
+    return replace(command, count=size // PAGE_SIZE)
 
 
 def _sleep(words: list[str]) -> Command | None:

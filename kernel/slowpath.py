@@ -5,12 +5,12 @@ There is no compaction. Source: mm/page_alloc.c, ``__alloc_pages_slowpath``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernel.buddy import ZoneBuddy
-from kernel.events import OutOfMemory
+from kernel.events import EndlessReclaim, OutOfMemory
 from kernel.gfp import (
     ALLOC_KSWAPD,
     ALLOC_MIN_RESERVE,
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from kernel.zonelist import AllocContext
 
 MAX_RECLAIM_RETRIES = 16
+MOST_RECLAIM_ROUNDS = 1000
+"""A request that reclaimed so often and got nothing would go on for ever; here it fails."""
 
 
 @dataclass(slots=True)
 class Hooks:
     """What the page allocator asks of the rest of the kernel.
 
-    Without them there is no kswapd (so boosts of watermarks stay), no page to reclaim and no process to kill.
+    Without them (``kernel/reclaim.py``) there is no kswapd (so boosts of watermarks stay), no page to reclaim and no
+    process to kill.
     """
 
     wakeup_kswapd: Callable[[ZoneBuddy, int], None] = lambda buddy, order: None
@@ -43,8 +46,8 @@ class Hooks:
     """Reclaim for a request; how many pages became free (``try_to_free_pages``)."""
     reclaimable_pages: Callable[[ZoneBuddy], int] = lambda buddy: 0
     """Pages of a zone that could be reclaimed (``zone_reclaimable_pages``)."""
-    out_of_memory: Callable[[int, int], bool] = lambda gfp, order: False
-    """Kill a process for a request with these flags and order; False if there is none to kill."""
+    out_of_memory: Callable[[int, int], str] = lambda gfp, order: ""
+    """Kill a process for a request with these flags and order: its name, empty if there is none to kill."""
 
 
 def alloc_pages_slowpath(allocator: PageAllocator, ac: AllocContext, order: int, cpu: int) -> int | None:
@@ -60,10 +63,15 @@ def alloc_pages_slowpath(allocator: PageAllocator, ac: AllocContext, order: int,
     if gfp & Gfp.MEMALLOC and not gfp & Gfp.NOMEMALLOC:
         alloc_flags = ALLOC_NO_WATERMARKS | alloc_flags & ALLOC_KSWAPD
         pfn = allocator.get_page_from_freelist(ac, order, cpu, alloc_flags) if pfn is None else pfn
-    no_progress_loops = 0
+    no_progress_loops = rounds = reclaimed = 0
     while pfn is None and gfp & Gfp.DIRECT_RECLAIM:
+        rounds += 1
         progress, pfn = _direct_reclaim(allocator, ac, order, cpu, alloc_flags)
         if pfn is not None or gfp & Gfp.NORETRY or order > PAGE_ALLOC_COSTLY_ORDER:
+            break
+        reclaimed += progress
+        if rounds >= MOST_RECLAIM_ROUNDS and reclaimed:
+            allocator.record(EndlessReclaim("direct reclaim", rounds, reclaimed, _unaccepted(ac.zonelist)))
             break
         no_progress_loops = 0 if progress else no_progress_loops + 1
         if not _should_reclaim_retry(allocator, ac, order, alloc_flags, no_progress_loops):
@@ -90,6 +98,7 @@ def _direct_reclaim(
     allocator: PageAllocator, ac: AllocContext, order: int, cpu: int, alloc_flags: int
 ) -> tuple[int, int | None]:
     """Pages reclaimed, and a block if that was enough; else the per-CPU lists and the reserve are emptied first."""
+    allocator.vm_events[f"allocstall_{ZoneType(ac.highest_zoneidx).name.removeprefix('ZONE_').lower()}"] += 1
     progress = allocator.hooks.direct_reclaim(ac, order)
     if not progress:
         return 0, None
@@ -122,6 +131,11 @@ def _out_of_memory(allocator: PageAllocator, ac: AllocContext, order: int) -> bo
     """Kill a process, unless the request may fail or a kill may not help its zones; True if one was killed."""
     if ac.gfp & (Gfp.RETRY_MAYFAIL | Gfp.THISNODE) or ac.highest_zoneidx < ZoneType.ZONE_NORMAL:
         return False
-    killed = allocator.hooks.out_of_memory(ac.gfp, order)
-    allocator.record(OutOfMemory(ac.gfp, order, killed))
-    return killed
+    unaccepted = _unaccepted(ac.zonelist)
+    victim = allocator.hooks.out_of_memory(ac.gfp, order)
+    allocator.record(OutOfMemory(ac.gfp, order, victim, unaccepted))
+    return bool(victim)
+
+
+def _unaccepted(buddies: Iterable[ZoneBuddy]) -> int:
+    return sum(buddy.zone.nr_unaccepted for buddy in buddies)

@@ -6,6 +6,7 @@ import errno
 import re
 
 from kernel.cpus import Cpus
+from kernel.hugetlb import set_max_huge_pages
 from kernel.mmzone import THP_MIN_PAGES, setup_per_zone_wmarks
 from kernel.page_alloc import PageAllocator
 from kernel.watermark import WATERMARK_SCALE_FACTOR
@@ -49,7 +50,7 @@ class Sysctl:
         computed = self._allocator.init_per_zone_wmark_min(transparent_hugepage=managed >= THP_MIN_PAGES)
         self.min_free_kbytes = max(computed, self._user_min_free_kbytes)
         if self.min_free_kbytes != computed or self.watermark_scale_factor != WATERMARK_SCALE_FACTOR:
-            self._setup_per_zone_wmarks()
+            self.setup_per_zone_wmarks()
 
     def write_min_free_kbytes(self, text: str) -> int:
         """vm.min_free_kbytes: any number from 0 on."""
@@ -57,8 +58,20 @@ class Sysctl:
         if value is None or value < 0:
             return -errno.EINVAL
         self.min_free_kbytes = self._user_min_free_kbytes = value
-        self._setup_per_zone_wmarks()
+        self.setup_per_zone_wmarks()
         return len(text)
+
+    def write_nr_hugepages(self, text: str) -> int:
+        """vm.nr_hugepages: any number; there are less if memory does not last."""
+        value = parse_integer(text)
+        if value is None or value < 0:
+            return -errno.EINVAL
+        set_max_huge_pages(self._allocator, value)
+        return len(text)
+
+    @property
+    def nr_hugepages(self) -> int:
+        return self._allocator.hugetlb.default.nr_huge_pages()
 
     def write_watermark_scale_factor(self, text: str) -> int:
         """vm.watermark_scale_factor: 1 to 3000 ten-thousandths."""
@@ -66,7 +79,7 @@ class Sysctl:
         if value is None or value not in _WATERMARK_SCALE_FACTORS:
             return -errno.EINVAL
         self.watermark_scale_factor = value
-        self._setup_per_zone_wmarks()
+        self.setup_per_zone_wmarks()
         return len(text)
 
     def write_watchdog_thresh(self, text: str) -> int:
@@ -81,6 +94,7 @@ class Sysctl:
     def watchdog_thresh(self) -> int:
         return self._cpus.watchdog_thresh
 
-    def _setup_per_zone_wmarks(self) -> None:
+    def setup_per_zone_wmarks(self) -> None:
+        """Again, for the managed pages of now."""
         setup_per_zone_wmarks(self._zones, self.min_free_kbytes, self.watermark_scale_factor)
         self._allocator.setup_per_cpu_pageset()

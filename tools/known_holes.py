@@ -59,6 +59,31 @@ def _guard_bit(boot: Boot) -> Iterator[str]:
     )
 
 
+def _unreserved(boot: Boot) -> Iterator[str]:
+    """The kernel's RAM ends before the unaccepted memory does (``mem=``, ``memmap=``): so does what it reserves."""
+    kernel = boot.kernel
+    bitmap = kernel.params["unaccepted_memory"] if kernel is not None else 0
+    if kernel is None or not bitmap:
+        return
+    end = kernel.max_pfn << PAGE_SHIFT
+    top = max((d.end for d in _unaccepted(boot)), default=0)
+    reserved, used = (DIV_ROUND_UP(at, PMD_SIZE * BITS_PER_BYTE) for at in (end, top))
+    if reserved < used:
+        yield (
+            f"RAM ends at {end:#x} for the kernel, unaccepted memory at {top:#x}; the bitmap's bytes "
+            f"[{bitmap + reserved:#x}, {bitmap + used:#x}) are not reserved"
+        )
+
+
+def _behind_the_bitmap(boot: Boot) -> Iterator[str]:
+    """Memory that was added after boot: its bits would be behind the bitmap, which ends with the memory of boot."""
+    kernel = boot.kernel
+    bitmap = kernel.params["unaccepted_memory"] if kernel is not None else 0
+    for start, end in kernel.hotplugged if kernel is not None and bitmap else ():
+        first, last = start // PMD_SIZE // BITS_PER_BYTE, DIV_ROUND_UP(end, PMD_SIZE * BITS_PER_BYTE)
+        yield f"the bits of [{start:#x}, {end:#x}) are looked up at [{bitmap + first:#x}, {bitmap + last:#x})"
+
+
 def _overlap(boot: Boot) -> Iterator[str]:
     """What lies in two unaccepted descriptors, and of one of them is accepted at once."""
     seen, twice, at_once = RangeSet(), RangeSet(), RangeSet()
@@ -97,6 +122,19 @@ HOLES = (
         "whoever is given it makes accepted memory look unaccepted, and the next accept go beyond RAM",
         "v9 09/14 and 11/14",
         _guard_bit,
+    ),
+    Hole(
+        "unreserved-bits",
+        "they are free memory, and whoever is given it overwrites them",
+        "v9 09/14",
+        _unreserved,
+    ),
+    Hole(
+        "behind-the-bitmap",
+        "there is no check of its end: other data are taken for bits, and memory for unaccepted that is accepted or is "
+        "no RAM",
+        "v9 10/14",
+        _behind_the_bitmap,
     ),
     Hole(
         "overlapping-unaccepted",

@@ -14,6 +14,7 @@ from guest.units import size_text
 from kernel.events import (
     Allocation,
     CommandResult,
+    EndlessReclaim,
     FileRead,
     FileWrite,
     MemoryAdded,
@@ -21,6 +22,7 @@ from kernel.events import (
     MmPageAllocExtfrag,
     OutOfMemory,
     ParallelAllocation,
+    Taken,
 )
 from tdx.events import AcceptInterrupted, FaultInjected, Finding, PageAdd, SeamCall, TdCall, TdExit, TdVmCall
 from tdx.seamcall import SeamLeaf
@@ -29,7 +31,10 @@ from tools.pipeline import KERNEL_STAGES
 from tools.report import StageSummary
 
 _LEVELS = ("4K", "2M", "1G", "512G", "256T")
-_SCRIPT_EVENTS = FileWrite | Allocation | ParallelAllocation | MemoryRead | MemoryAdded | CommandResult
+_SCRIPT_EVENTS = (
+    FileWrite | Allocation | ParallelAllocation | MemoryRead | MemoryAdded | CommandResult
+    | Taken | OutOfMemory | EndlessReclaim
+)  # fmt: skip
 _AUG = SeamLeaf.TDH_MEM_PAGE_AUG.spec_name
 
 
@@ -65,8 +70,15 @@ def _kernel_event_text(event: Event) -> str:
             return f"alloc order {order}: {count} of {wanted} blocks, {accepted_pages * 4} KiB accepted"
         case MmPageAllocExtfrag():
             return f"mm_page_alloc_extfrag: {event.text}"
-        case OutOfMemory(gfp, order, killed):
-            return f"out of memory: gfp_mask={gfp:#x}, order={order}, {'one' if killed else 'nobody'} killed"
+        case OutOfMemory(gfp, order, victim, pages):
+            killed = f"killed process {victim}" if victim else "nobody to kill"
+            return f"out of memory: gfp_mask={gfp:#x}, order={order}, {pages * 4} KiB unaccepted: {killed}"
+        case EndlessReclaim(who, rounds, reclaimed, pages):
+            what = f"{rounds} rounds, {reclaimed} pages reclaimed, {pages * 4} KiB unaccepted"
+            return f"endless reclaim: {who}, {what}: it would go on for ever"
+        case Taken(who, taken, wanted, pages, killed):
+            end = ", killed" if killed else ""
+            return f"{who}: {taken * 4} of {wanted * 4} KiB, {pages * 4} KiB accepted{end}"
         case ParallelAllocation() | MemoryRead() | MemoryAdded() | CommandResult():
             return _script_event_text(event)
         case _:

@@ -98,12 +98,10 @@ def test_core_sizes(text, core, movable):
 def test_other_parameters():
     """Each is kept with its meaning; what nobody knows is kept as text."""
     params = parse_early_param(
-        "kernelcore=mirror movable_node numa=off memblock=debug log_buf_len=4M page_alloc.shuffle=1 "
-        "hugepages=3 hugepagesz=1G hugepages=0:1,1:2 what=ever"
+        "kernelcore=mirror movable_node numa=off memblock=debug log_buf_len=4M page_alloc.shuffle=1 what=ever"
     )
     assert params.mirrored_kernelcore and params.movable_node and params.numa_off and params.memblock_debug
     assert (params.log_buf_len, params.shuffle) == (4 * MIB, True)
-    assert params.hugepages == {2 * MIB: 3, GIB: 3}
     assert params.values["what"] == "ever"
     assert params.notes == ()
 
@@ -125,7 +123,7 @@ def test_fake_unaccepted_start(text, address, refused):
     assert (params.fake_unaccepted_start, bool(params.notes)) == (address, refused)
 
 
-@pytest.mark.parametrize("text", ["hugepagesz=3M", "hugepages=x", "hugepages", "kernelcore", "numa", "log_buf_len"])
+@pytest.mark.parametrize("text", ["kernelcore", "numa", "log_buf_len"])
 def test_malformed_ones_are_named(text):
     """The kernel says which option it did not understand."""
     assert parse_early_param(text).notes == (f"Malformed early option '{text.partition('=')[0]}'",)

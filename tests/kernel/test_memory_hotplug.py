@@ -9,7 +9,7 @@ import pytest
 from bootstub.protocol import MAINLINE, V9
 from guest.errors import MemoryFault
 from guest.units import PFN_DOWN, SZ_1G, SZ_1M, SZ_4G, SZ_128M
-from kernel.events import CommandResult, MemoryAdded
+from kernel.events import CommandResult, FileRead, MemoryAdded
 from kernel.runtime import parse_script
 from tools.verdict import verdict_lines
 
@@ -73,6 +73,25 @@ def test_added_memory_without_tdx(added):
     boot.run()
     assert boot.kernel.allocator.zones[2].zone_start_pfn == PFN_DOWN(SZ_4G)
     assert boot.kernel.allocator.zones[2].nr_free_pages < PFN_DOWN(32 * SZ_1M)
+
+
+@PROTOCOLS
+def test_zone_normal_reaches_over_zone_movable(added, protocol):
+    """Added memory is the kernel's, also behind zone Movable: the spans overlap, each page is in one zone."""
+    script = "hotadd 8G 1G accept\nalloc order 10 x 100 gfp GFP_KERNEL as k\ncat /proc/pagetypeinfo\nfree k\n"
+    boot = added(script, protocol=protocol, cmdline="nokaslr movablecore=512M")
+    boot.run()
+    _, _, normal, movable = boot.kernel.allocator.zones
+    assert normal.zone_start_pfn < movable.zone_start_pfn < movable.end_pfn < normal.end_pfn
+    allocator = boot.kernel.allocator
+    assert allocator.page_zone(movable.zone_start_pfn).zone is movable
+    assert [allocator.page_zone(PFN_DOWN(START) + at).zone for at in (0, PFN_DOWN(SZ_1G) - 1)] == [normal, normal]
+    own = [sum(r.size for r in allocator.pages_of_zone(zone)) for zone in (normal, movable)]
+    hole = PFN_DOWN(START) - movable.end_pfn
+    assert own == [normal.spanned_pages - movable.spanned_pages - hole, movable.spanned_pages]
+    text = next(r.event.text for r in boot.trace.records if isinstance(r.event, FileRead))
+    blocks = {line.split()[3]: sum(map(int, line.split()[4:])) for line in text.splitlines()[-4:]}
+    assert (blocks["Normal"], blocks["Movable"]) == (own[0] // 512, own[1] // 512)
 
 
 @pytest.mark.parametrize(

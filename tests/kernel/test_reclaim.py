@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kernel.events import OutOfMemory
+from kernel.events import EndlessReclaim, OutOfMemory
 from kernel.gfp import GFP_ATOMIC, GFP_HIGHUSER_MOVABLE, GFP_KERNEL, GFP_NOWAIT, Gfp
 from kernel.mm_rules import MAINLINE_MM, V9_MM
 from kernel.reclaim import PageCache
@@ -80,7 +80,7 @@ def test_premature_out_of_memory(new_bitmap):
     """
     guest, cache, _ = before_watermarks(new_bitmap, BEFORE_THE_FIX)
     assert cache.kills > 0
-    assert OutOfMemory(GFP_HIGHUSER_MOVABLE, 0, True) in guest.events
+    assert OutOfMemory(GFP_HIGHUSER_MOVABLE, 0, "process", 9216) in guest.events
     assert (guest.accepted, guest.zones[0].nr_unaccepted) == ([], 9216)  # a free block waits too, for its guard
     guest, cache, got = before_watermarks(new_bitmap, MAINLINE_MM)
     assert (got, cache.kills, guest.zones[0].nr_unaccepted) == (10_240, 0, 0)
@@ -175,3 +175,26 @@ def test_below_the_minimum(new_bitmap, rules):
     for gfp, left in ((GFP_NOWAIT, 1000), (GFP_ATOMIC, 375), (GFP_KERNEL | Gfp.MEMALLOC | Gfp.NORETRY, 0)):
         guest.take_all(gfp)
         assert zone.nr_free_pages == left
+
+
+@RULES
+def test_thrashing_ends(new_bitmap, rules, monkeypatch):
+    """A cache in use that is larger than memory is read again for so long only: then it makes room."""
+    monkeypatch.setattr("kernel.reclaim.MOST_READ_AGAIN", 500)
+    guest = guest_with(new_bitmap, rules, accepted=1024, unaccepted=0)
+    cache = PageCache(guest.allocator, in_use=True)
+    assert cache.read(3000) == 3000
+    assert len(cache) <= 1024
+    (thrashing,) = (event for event in guest.events if isinstance(event, EndlessReclaim))
+    assert thrashing.who == "thrashing"
+    assert 500 <= thrashing.reclaimed <= 532
+
+
+@RULES
+def test_a_killed_process_stays_dead(new_bitmap, rules):
+    """What it asked for last is given back too."""
+    guest = guest_with(new_bitmap, rules, accepted=1024, unaccepted=0)
+    cache = PageCache(guest.allocator)
+    cache.start("init")
+    assert cache.run(2000, "init") <= 1024
+    assert (cache.runs("init"), cache.kills, guest.allocator.nr_in_use()) == (False, 1, 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
 
-from bootstub.protocol import MAINLINE
-from kernel.events import Allocation, FileRead, FileWrite
+from bootstub.protocol import MAINLINE, V9
+from kernel.events import Allocation, CommandResult, EndlessReclaim, FileRead, FileWrite, OutOfMemory, Taken
 from kernel.runtime import Shell, parse_script
+from tdx.machine_type import MachineType
+from tools.numa import Numa, numa_nodes
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ACCEPT = "/sys/kernel/mm/page_alloc/accept_memory"
@@ -151,3 +154,67 @@ def test_runtime_before_mm_init(new_boot):
     """A stage out of order is wrong use of ours."""
     with pytest.raises(ValueError, match="runtime before mm-init"):
         Shell(new_boot("setup-arch").kernel, lambda start, end: None)
+
+
+@pytest.mark.parametrize("words", ["on cpu 1 alloc 0 100", "alloc order 0 x 100 node 1", "on cpu 0 alloc 0 100 node 1"])
+def test_memory_of_the_right_node(ran, words):
+    """A CPU allocates from its own node, or from the one that is asked for; the other keeps what it has."""
+    nodes = numa_nodes(Numa(count=2), MachineType().ram(4 * GIB))
+    cat = "cat /sys/devices/system/node/node{}/meminfo\n"
+    boot, events = ran(f"{words}\n{cat.format(0)}{cat.format(1)}", nodes=nodes, cpus=2)
+    used = [int(re.search(r"MemUsed: +(\d+) kB", event.text)[1]) for event in events if isinstance(event, FileRead)]
+    assert (used[0], used[1] >= 400) == (0, True)
+    counters = boot.kernel.allocator.buddies[-1]
+    assert (counters.numa_local if words.startswith("on cpu 1") else counters.numa_other) > 0
+
+
+def taken(boot) -> list[object]:
+    kinds = (Taken, OutOfMemory, EndlessReclaim, CommandResult)
+    return [r.event for r in boot.trace.records if isinstance(r.event, kinds)]
+
+
+def test_endless_reclaim(ran):
+    """On a node whose memory waits to be accepted v9's kswapd reclaims the same cache for ever.
+
+    Mainline's takes unaccepted memory for free, and goes back to sleep.
+    """
+    nodes = numa_nodes(Numa(count=2), MachineType().ram(8 * GIB))
+    script = "on cpu 1 cache 100M in-use\nkswapd 1\nkswapd 0\n"
+    for protocol in (V9, MAINLINE):
+        boot, _ = ran(script, nodes=nodes, cpus=2, memory=8 * GIB, protocol=protocol)
+        cache, *rest = taken(boot)
+        assert (cache.who, cache.pages, cache.killed) == ("cache", 25_600, False)
+        endless = [event for event in rest if isinstance(event, EndlessReclaim)]
+        assert [(e.who, e.reclaimed) for e in endless] == ([("kswapd1", 32_000)] if protocol is V9 else [])
+        assert all(event.unaccepted_pages > 900_000 for event in endless)
+
+
+@pytest.mark.parametrize("protocol", [V9, MAINLINE], ids=lambda protocol: protocol.name)
+def test_out_of_memory(ran, protocol):
+    """The page cache goes first, then the largest process; nobody is killed while memory is left to accept."""
+    script = "cache 16M\nrun small 16M\nrun large 900M\ncat /proc/vmstat\ncat /proc/meminfo\nexit small\nexit large\n"
+    boot, events = ran(script, memory=384 * MIB, machine=MachineType(max_ram_below_4g=256 * MIB), protocol=protocol)
+    _, small, kill, large, *exits = taken(boot)
+    assert (small.pages, small.killed) == (4096, False)
+    assert (kill.victim, kill.unaccepted_pages) == ("large", 0)
+    assert large.killed
+    assert 0 < large.pages < large.wanted
+    assert [event.result for event in exits] == [0, -errno.ESRCH]
+    vmstat, meminfo = (dict(line.split()[:2] for line in e.text.splitlines()) for e in events if hasattr(e, "path"))
+    assert vmstat["oom_kill"] == "1"
+    assert int(vmstat["pgsteal_file"]) == int(vmstat["pgsteal_kswapd"]) + int(vmstat["pgsteal_direct"]) > 0
+    assert int(meminfo["AnonPages:"]) == 16 * 1024 == 4 * int(vmstat["nr_anon_pages"])
+    assert meminfo["Cached:"] == meminfo["Inactive(file):"] == str(4 * int(vmstat["nr_zone_inactive_file"]))
+    assert boot.kernel.allocator.nr_in_use() == int(vmstat["nr_file_pages"])
+
+
+def test_processes_on_cpus(ran):
+    """CPUs of two nodes take memory of their own nodes side by side."""
+    nodes = numa_nodes(Numa(count=2), MachineType().ram(4 * GIB))
+    boot, events = ran("on cpus 0-1 run a 32M\non cpus 0-1 cache 8M\ncat /proc/zoneinfo\n", nodes=nodes, cpus=2)
+    assert [(event.who, event.pages, event.wanted) for event in taken(boot)] == [
+        ("run a", 16384, 16384), ("cache", 4096, 4096)
+    ]  # fmt: skip
+    text = next(event.text for event in events if isinstance(event, FileRead))
+    assert re.findall(r"nr_anon_pages (\d+)", text) == ["8192", "8192"]
+    assert re.findall(r"nr_inactive_file (\d+)", text) == ["2048", "2048"]

@@ -135,12 +135,12 @@ def test_alloc_flags():
 
 
 def test_a_zone_that_grew(new_bitmap):
-    """Memory that is added behind a zone can be freed to it once the zonelists are built anew."""
+    """Memory that is added behind a zone can be freed to it; before, it is nobody's."""
     guest = AllocGuest(new_bitmap, (1, 4096, 4096), (2, NORMAL_PFN, 0))
     assert guest.allocator.alloc_pages(GFP_KERNEL, 10) == 4096
-    normal = guest.zones[1]
-    normal.spanned_pages = normal.present_pages = 2048
-    guest.allocator.build_all_zonelists()
+    with pytest.raises(ValueError, match="in no zone"):
+        guest.allocator.free_pages_core(NORMAL_PFN, NORMAL_PFN + 2048)
+    guest.allocator.move_pfn_range_to_zone(guest.zones[1], NORMAL_PFN, NORMAL_PFN + 2048)
     guest.allocator.free_pages_core(NORMAL_PFN, NORMAL_PFN + 2048)
     assert guest.allocator.alloc_pages(GFP_KERNEL, 10) == NORMAL_PFN
     assert guest.allocator.nr_sections == 2

@@ -16,6 +16,7 @@ from firmware.tables import EFI_BOOT_SERVICES, EFI_SYSTEM_TABLE
 from guest.errors import BootError
 from guest.records import GuestRecord
 from guest.units import SZ_1G, SZ_1M, SZ_2M, SZ_4G
+from kernel.runtime import parse_script
 from tools.conformance.unaccepted_table import build_table
 from tools.known_holes import HOLES, hole_lines
 from tools.pipeline import STAGES, Boot, BootConfig
@@ -158,3 +159,23 @@ def test_a_kernel_without_support_loses_the_memory(monkeypatch, protocol, memory
     monkeypatch.setattr(bootstub.exit_boot, "e820_type_of", without_support)
     lines = verdict_lines(boot_of("runtime", **how))
     assert f"lost: {lost << 20} KiB of unaccepted memory are not in the kernel's e820 table" in lines
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("cmdline", ["mem=4G", "memmap=3G", "memmap=6G!4G"])
+def test_bits_that_are_not_reserved(cmdline, protocol):
+    """A kernel that is told to see less memory reserves less of v9's bitmap; mainline's table is kept whole."""
+    boot = boot_of(memory=8 * SZ_1G, protocol=PROTOCOLS[protocol], cmdline=f"nokaslr {cmdline}")
+    assert ("unreserved-bits" in names(boot)) == (protocol == "v9")
+    assert "unreserved-bits" not in names(boot_of(memory=8 * SZ_1G, protocol=PROTOCOLS[protocol]))
+
+
+def test_bits_behind_the_bitmap():
+    """v9 looks up added memory all the same; here the data behind the bitmap say that some of it is unaccepted."""
+    script = parse_script("hotadd 128G 128M accept")
+    for protocol in PROTOCOLS.values():
+        boot = Boot(BootConfig(KERNEL, script=tuple(script), protocol=protocol))
+        boot.run()
+        found = [line for line in hole_lines(boot) if "behind-the-bitmap" in line]
+        assert bool(found) == (protocol.name == "v9")
+        assert all("the bits of [0x2000000000, 0x2008000000) are looked up at" in line for line in found)

@@ -22,4 +22,6 @@ def test_events_of_the_page_allocator() -> None:
         "mm_page_alloc_extfrag: page=ffffea0004008000 pfn=0x100200 alloc_order=0 fallback_order=4 pageblock_order=9 "
         "alloc_migratetype=1 fallback_migratetype=0 fragmenting=1 change_ownership=0"
     )
-    assert event_text(OutOfMemory(GFP_KERNEL, 1, False)) == "out of memory: gfp_mask=0xcc0, order=1, nobody killed"
+    text = "out of memory: gfp_mask=0xcc0, order=1, 4096 KiB unaccepted: "
+    assert event_text(OutOfMemory(GFP_KERNEL, 1, "", 1024)) == text + "nobody to kill"
+    assert event_text(OutOfMemory(GFP_KERNEL, 1, "init", 1024)) == text + "killed process init"

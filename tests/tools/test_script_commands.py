@@ -33,7 +33,7 @@ def test_unknown_command(refused, file):
     """One line of error with the file's name and the line's number."""
     script = file("script", "cat /proc/meminfo\n\nfly me to the moon\n")
     text = refused("boot", "--script", script)
-    assert text.startswith(f"{script}, line 3: found 'fly me to the moon', expected alloc, free, on, sleep, cat, ")
+    assert text.startswith(f"{script}, line 3: found 'fly me to the moon', expected alloc, free, on, cache, run, ")
 
 
 def test_wrong_operands(refused, file):
