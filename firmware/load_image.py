@@ -107,7 +107,7 @@ def install_initrd(services: EfiServices, initrd: bytes) -> None:
 
     def load_file(this: int, path: int, boot_policy: int, size_at: int, buffer: int) -> int:
         memory = services.machine.memory
-        if boot_policy & 0xFF:
+        if boot_policy:
             return EfiStatus.EFI_UNSUPPORTED
         rest = first_instance(memory.read, path) if path else None
         if size_at == 0 or rest is None:

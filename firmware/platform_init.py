@@ -101,7 +101,7 @@ def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
     behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)
     low, high = low_memory(accepted_ram(resources, left)), high_memory(accepted_ram(own, left))
-    return MemoryMap([*low, *high], behind)
+    return MemoryMap([*low, *high], behind, joined=True)
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:
