@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tdvf.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
     _add_forms(tdvf)
     hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
-    hob.add_argument("file", metavar="SOURCE", help="a file, or td:MEMORY[,MACHINE]: what the host gives such a TD")
+    text = "a file, or td:MEMORY[,MACHINE][,OPTION=VALUE]...: what the host gives such a TD"
+    hob.add_argument("file", metavar="SOURCE", help=text)
     _add_forms(hob)
     acpi = structures.add_parser("acpi", help="the ACPI tables that the firmware makes")
-    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE], or a file of tables")
+    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE][,OPTION=VALUE]..., or a file of tables")
     acpi.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
     acpi.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
     _add_forms(acpi)

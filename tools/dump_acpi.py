@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from firmware.efi_types import ACPI_20_TABLE_GUID, guid_bytes
@@ -17,7 +17,6 @@ from guest.records import RecordCopy
 from guest.units import SZ_16M, size_text
 from tools.files import read_file
 from tools.maps.td import PREFIX, td_boot
-from tools.numa import numa_nodes, parse_numa
 from tools.pipeline import Boot
 
 _SOURCE = "ACPI 6.4, section 5.2"
@@ -44,7 +43,7 @@ class AcpiTable:
 
 
 def read(source: str, numa: str | None = None) -> list[AcpiTable]:
-    """The tables of a file, one behind the other, or of ``td:MEMORY[,MACHINE]``, which may have NUMA nodes.
+    """The tables of a file, one behind the other, or of ``td:MEMORY[,MACHINE][,OPTION=VALUE]...``.
 
     Raises ``FormatError`` and ``OSError``.
     """
@@ -101,9 +100,7 @@ def save(tables: list[AcpiTable], directory: Path) -> None:
 
 
 def _boot(source: str, numa: str | None) -> Boot:
-    boot = td_boot(source)
-    if numa is not None:
-        boot = Boot(replace(boot.config, nodes=numa_nodes(parse_numa(numa), boot.host.ram)))
+    boot = td_boot(source, () if numa is None else (("numa", numa),))
     boot.run("firmware")
     return boot
 

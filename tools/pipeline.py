@@ -264,7 +264,7 @@ def _td_shim_host(boot: Boot) -> None:
 
 def _td_shim(boot: Boot) -> None:
     config = boot.config
-    td_shim(boot.machine, config.accept or TD_SHIM_POLICY, config.accept_cpus, config.nodes)
+    td_shim(boot.machine, config.accept or TD_SHIM_POLICY, config.accept_cpus, config.nodes, config.cpus)
     _keep_what_the_stub_left(boot)
 
 
