@@ -33,7 +33,7 @@ from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import accepted_ram
 from firmware.paging import build_identity_map
-from firmware.srat import NodeRange
+from firmware.srat import Distances, NodeRange
 from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.ranges import RangeMap, RangeSet
@@ -49,11 +49,13 @@ _VERSION_MIN = 0x200
 
 
 def td_shim(
-    machine: Machine, policy: AcceptPolicy, accept_cpus: int = 1, nodes: tuple[NodeRange, ...] = (), cpus: int = 1
-) -> None:
+    machine: Machine, policy: AcceptPolicy, accept_cpus: int = 1, nodes: tuple[NodeRange, ...] = (), cpus: int = 1,
+    distances: Distances = (),
+) -> None:  # fmt: skip
     """Run td-shim on the HOB list at RCX; the kernel's file is the payload that the host added.
 
-    ``accept_cpus`` of the machine's ``cpus`` processors accept memory. It leaves boot_params in RSI and startup_64 of the decompressor in RIP. What it cannot start ends it.
+    ``accept_cpus`` of the machine's ``cpus`` processors accept memory. It leaves boot_params in RSI and startup_64 of
+    the decompressor in RIP. What it cannot start ends it.
     """
     memory, regs = machine.memory, machine.regs
     resources = read_hob_list(memory, regs.rcx)
@@ -65,7 +67,7 @@ def td_shim(
     arena = _arena(machine, regions)
     boot_params = arena.put(EfiMemoryType.EfiBootServicesData, bytes(BOOT_PARAMS_SIZE))
     params = GuestRecord(memory, boot_params, BOOT_PARAMS)
-    params["acpi_rsdp_addr"] = build_acpi(arena, nodes, cpus)
+    params["acpi_rsdp_addr"] = build_acpi(arena, nodes, cpus, distances)
     _write_e820(machine, params, e820_entries(ram, regions))
     params["unaccepted_memory"] = _build_bitmap(machine, left, accept_cpus)
     startup_32 = _setup_header(machine, params)

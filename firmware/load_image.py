@@ -21,7 +21,7 @@ from firmware.efi_types import (
     guid_bytes,
 )
 from firmware.pe import PeImage, parse_pe
-from firmware.srat import NodeRange
+from firmware.srat import Distances, NodeRange
 from firmware.tables import (
     EFI_LOAD_FILE2_PROTOCOL,
     EFI_LOADED_IMAGE_PROTOCOL,
@@ -43,6 +43,8 @@ class FwCfg:
     nodes: tuple[NodeRange, ...] = ()
     """NUMA nodes, for the ACPI tables; none is no NUMA."""
     cpus: int = 1
+    distances: Distances = ()
+    """Between the nodes; none is no SLIT."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ def firmware(
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
-    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus))
+    acpi = build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus, fw_cfg.distances)
+    _install_table(services, ACPI_20_TABLE_GUID, acpi)
     if fw_cfg.initrd:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)

@@ -64,9 +64,10 @@ def config_of_texts(texts: dict[str, Any], full: bool = False) -> BootConfig:
     numa = fields.pop("numa", None)
     config = BootConfig(**fields)
     if numa is not None:
-        from tools.numa import numa_nodes
+        from tools.numa import numa_distances, numa_nodes
 
-        config = replace(config, nodes=numa_nodes(numa, config.machine.ram(config.memory)))
+        nodes = numa_nodes(numa, config.machine.ram(config.memory))
+        config = replace(config, nodes=nodes, distances=numa_distances(numa, nodes))
     _check_stages(config)
     return config
 

@@ -25,6 +25,7 @@ _RSDP = struct.Struct("<8sB6sBIIQB3x")
 _MAX_TABLES = 256
 _FADT_X_DSDT = 140
 _SRAT_MEMORY, _SRAT_MEMORY_SIZE = 1, 40
+_MADT_LOCAL_APIC, _MADT_LOCAL_X2APIC = 0, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def tables_of(boot: Boot) -> list[AcpiTable]:
 
 
 def text(tables: list[AcpiTable]) -> Iterator[str]:
-    """A line for each table; under an SRAT, one for each range of memory."""
+    """A line for each table; under SRAT and SLIT what they say of memory and nodes, under MADT of processors."""
     for each in tables:
         state = "checksum ok" if each.checksum_ok else "checksum WRONG"
         yield f"{each.at:#x} {each.signature} revision {each.revision}, {len(each.data)} bytes, {each.oem}, {state}"
@@ -77,6 +78,10 @@ def text(tables: list[AcpiTable]) -> Iterator[str]:
             hotplug = ", hot-plug" if row["hotplug"] else ""
             size = size_text(row["end"] - row["start"])
             yield f"    node {row['node']}: [{row['start']:#x}, {row['end']:#x}) {size}{hotplug}"
+        for node, distances in enumerate(_distances(each)):
+            yield f"    node {node}: {' '.join(map(str, distances))}"
+        if apic_ids := _apic_ids(each):
+            yield f"    processors: {len(apic_ids)}, APIC ID {apic_ids[0]} to {apic_ids[-1]}"
 
 
 def to_json(tables: list[AcpiTable]) -> list[dict[str, object]]:
@@ -88,6 +93,10 @@ def to_json(tables: list[AcpiTable]) -> list[dict[str, object]]:
         if each.signature == "SRAT":
             rows = _affinity(each)
             row["memory"] = [r | {"start": f"{r['start']:#x}", "end": f"{r['end']:#x}"} for r in rows]
+        if each.signature == "SLIT":
+            row["distances"] = [list(distances) for distances in _distances(each)]
+        if each.signature == "APIC":
+            row["apic_ids"] = _apic_ids(each)
         out.append(row)
     return out
 
@@ -140,12 +149,37 @@ def _table(get: Callable[[int, int], bytes], at: int) -> AcpiTable:
 
 
 def _affinity(found: AcpiTable) -> list[dict[str, int]]:
-    """The ranges of memory in an SRAT; what does not follow its layout ends the list."""
+    """The ranges of memory in an SRAT, but for those that it says do not count."""
     rows: list[dict[str, int]] = []
-    data = found.data[48:] if found.signature == "SRAT" else b""
-    while len(data) >= 2 and 2 <= data[1] <= len(data):
-        if data[0] == _SRAT_MEMORY and data[1] == _SRAT_MEMORY_SIZE:
-            node, start, size, flags = struct.unpack_from("<2xI2xQQ4xI", data)
-            rows.append({"node": node, "start": start, "end": start + size, "hotplug": flags >> 1 & 1})
-        data = data[data[1] :]
+    for entry in _entries(found, "SRAT", 48):
+        if (entry[0], len(entry)) == (_SRAT_MEMORY, _SRAT_MEMORY_SIZE):
+            node, start, size, flags = struct.unpack_from("<2xI2xQQ4xI", entry)
+            if flags & 1:
+                rows.append({"node": node, "start": start, "end": start + size, "hotplug": flags >> 1 & 1})
     return rows
+
+
+def _distances(found: AcpiTable) -> list[bytes]:
+    """The rows of a SLIT; none if it has not as many as it says."""
+    count = int.from_bytes(found.data[36:44], "little") if found.signature == "SLIT" else 0
+    data = found.data[44:]
+    return [data[at : at + count] for at in range(0, len(data), count)] if count and len(data) == count * count else []
+
+
+def _apic_ids(found: AcpiTable) -> list[int]:
+    """The processors of a MADT that are enabled."""
+    out = []
+    for entry in _entries(found, "APIC", 44):
+        if (entry[0], len(entry)) == (_MADT_LOCAL_APIC, 8) and entry[4] & 1:
+            out.append(entry[3])
+        if (entry[0], len(entry)) == (_MADT_LOCAL_X2APIC, 16) and entry[8] & 1:
+            out.append(int.from_bytes(entry[4:8], "little"))
+    return out
+
+
+def _entries(found: AcpiTable, signature: str, start: int) -> Iterator[bytes]:
+    """The entries, each with type and length in front, of the table ``signature``; what has no length ends them."""
+    at, data = start, found.data if found.signature == signature else b""
+    while at + 2 <= len(data) and 2 <= data[at + 1] <= len(data) - at:
+        yield data[at : at + data[at + 1]]
+        at += data[at + 1]

@@ -92,7 +92,8 @@ def test_an_eager_firmware_allocates_below_4_gib_too(protocol):
 @pytest.mark.parametrize("words", [["--accept-policy", "all"], ["--accept-cpus", "2"]])
 def test_only_a_td_has_a_policy(refused, words):
     """Without a TD there is nothing to accept."""
-    assert refused("boot", "--platform", "none", *words) == f"--platform none: found {words[0]}, expected none of that"
+    said = refused("boot", "--platform", "none", *words)
+    assert said.startswith(f"--platform none: found {words[0]}, expected none of that without a TD")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
