@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot_path(args.plot)
     platform = read_map(args.source, options)
     if args.to:
-        sys.stdout.write(WRITERS[args.to](platform))
+        _put(WRITERS[args.to](platform))
     elif args.json:
         print(json_text(_json(platform), args.json))
     elif args.plot:
@@ -70,6 +70,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(platform)
     return 0
+
+
+def _put(form: str | bytes) -> None:
+    """A map in another form, and nothing else."""
+    if isinstance(form, str):
+        sys.stdout.write(form)
+    else:
+        sys.stdout.buffer.write(form)
 
 
 def _options(args: argparse.Namespace) -> SourceOptions:
