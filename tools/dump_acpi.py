@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from firmware.efi_types import ACPI_20_TABLE_GUID, guid_bytes
-from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
+from bootstub.boot_params import BOOT_PARAMS
+from firmware.efi_types import ACPI_20_TABLE_GUID
+from firmware.tables import EFI_SYSTEM_TABLE
 from guest.errors import FormatError
 from guest.records import RecordCopy
 from guest.units import SZ_16M, size_text
 from tools.files import read_file
+from tools.handover import configuration_table
 from tools.maps.td import PREFIX, td_boot
 from tools.pipeline import Boot
 
@@ -115,12 +117,13 @@ def _boot(source: str, numa: str | None) -> Boot:
 
 
 def _rsdp_address(boot: Boot) -> int:
-    """The address that the configuration table gives for ACPI 2.0."""
-    get, entry_size = boot.physical.read, EFI_CONFIGURATION_TABLE.sizeof()
-    system_table = RecordCopy(get(boot.machine.regs.rdx, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
-    data = get(system_table["ConfigurationTable"], system_table["NumberOfTableEntries"] * entry_size)
-    entries = {data[n : n + 16]: data[n + 16 : n + 24] for n in range(0, len(data), entry_size)}
-    return int.from_bytes(entries[guid_bytes(ACPI_20_TABLE_GUID)], "little")
+    """The address that the configuration table gives for ACPI 2.0, or without UEFI, boot_params."""
+    if boot.boot_params is not None:
+        return int(RecordCopy(boot.boot_params, BOOT_PARAMS)["acpi_rsdp_addr"])
+    system_table = boot.physical.read(boot.system_table_gpa, EFI_SYSTEM_TABLE.sizeof())
+    found = configuration_table(boot.physical, system_table, ACPI_20_TABLE_GUID)
+    assert found is not None
+    return found
 
 
 def _tables_of_file(data: bytes) -> Iterator[AcpiTable]:

@@ -81,6 +81,13 @@ def test_a_file_of_tables(command, file):
     ]
 
 
+def test_tables_without_uefi(command):
+    """td-shim's tables are found by boot_params, and name all processors."""
+    lines = command("dump", "acpi", "td:4G,profile=td-shim,cpus=3").out.splitlines()
+    assert [line.split()[1] for line in lines if not line.startswith(" ")] == SIGNATURES
+    assert "    processors: 3, APIC ID 0 to 2" in lines
+
+
 def test_rows_that_do_not_count_or_do_not_fit(command, file):
     """A processor or range that is not enabled, a SLIT shorter than it says, entries without a length: left out."""
     madt = struct.pack("<II", 0, 0) + bytes([0, 8, 7, 7, 0, 0, 0, 0]) + bytes([0, 8, 8, 8, 1, 0, 0, 0]) + b"\0\0"
