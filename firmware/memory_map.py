@@ -1,9 +1,9 @@
 """The firmware's memory map: what each page is used for, and how pages are handed out.
 
-Policy as in edk2 (MdeModulePkg/Core/Dxe/Mem/Page.c): the highest fitting address below 4 GiB wins, and one above only
-if there is none; address 0 is never handed out; neighbours of one type and attribute are one descriptor; the map key
-changes with every change of the map. Ranges that the page allocator does not own (MMIO, unaccepted memory) are listed
-behind it, as GetMemoryMap() walks the GCD map last.
+Policy as in edk2 (MdeModulePkg/Core/Dxe/Mem/Page.c): the highest fitting address wins, above the end of the default bin
+only if there is none below; address 0 is never handed out; neighbours of one type and attribute are one descriptor; the
+map key changes with every change of the map. Ranges that the page allocator does not own (MMIO, unaccepted memory) are
+listed behind it, as GetMemoryMap() walks the GCD map last.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from typing import NamedTuple
 from firmware.efi_types import CACHEABLE, EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.ranges import Range, RangeMap
-from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, SZ_4G, round_down, round_up
+from guest.units import PAGE_SIZE, PHYSICAL_ADDRESS_END, round_down, round_up
 
-_DEFAULT_END = SZ_4G
-"""Memory below is preferred: edk2's default bin ends below its memory type bins, which lie in the first RAM it gets."""
 _RUNTIME_TYPES = (EfiMemoryType.EfiRuntimeServicesCode, EfiMemoryType.EfiRuntimeServicesData)
 
 
@@ -32,15 +30,17 @@ class MemoryMap:
     """The pages that the allocator owns, in ``regions``, and fixed descriptors behind them.
 
     A region is listed on its own: a descriptor never reaches over its border, and regions keep their order. Each of
-    ``owned`` is one; if they are to be ``joined``, those that touch are one together.
+    ``owned`` is one; if they are to be ``joined``, those that touch are one together. Memory below ``default_end`` is
+    handed out first.
     """
 
     def __init__(
-        self, owned: Iterable[MemoryDescriptor], fixed: Iterable[MemoryDescriptor], joined: bool = False
-    ) -> None:
+        self, owned: Iterable[MemoryDescriptor], fixed: Iterable[MemoryDescriptor], joined: bool = False,
+        default_end: int = PHYSICAL_ADDRESS_END,
+    ) -> None:  # fmt: skip
         self._uses: RangeMap[Use | None] = RangeMap(None)
         self._regions: list[Range] = []
-        self._fixed = list(fixed)
+        self._fixed, self._default_end = list(fixed), default_end
         self.key = 1
         for d in owned:
             last = self._regions[-1] if self._regions else None
@@ -61,14 +61,14 @@ class MemoryMap:
         return owned + self._fixed
 
     def allocate(self, type: int, size: int, below: int, align: int = PAGE_SIZE) -> int | None:
-        """Take whole pages for ``size`` bytes whose end is not above ``below``: the highest below 4 GiB, or any.
+        """Take whole pages for ``size`` bytes whose end is not above ``below``: the highest that there are.
 
         Memory for a special purpose (EFI_MEMORY_SP) is left alone, as edk2 leaves it. Returns the address, or
         None if no free range fits. The map is unchanged then.
         """
         size = round_up(size, PAGE_SIZE)
-        best = self._highest(size, min(below, _DEFAULT_END), align)
-        if best is None and below > _DEFAULT_END:
+        best = self._highest(size, min(below, self._default_end), align)
+        if best is None and below > self._default_end:
             best = self._highest(size, below, align)
         if best is not None:
             self.convert(best, best + size, type)

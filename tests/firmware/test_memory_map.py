@@ -130,9 +130,9 @@ def test_regions_that_touch_can_be_one():
 
 
 def test_memory_below_4_gib_comes_first():
-    """Memory above is handed out when that below does not do; the address 0 is nobody's unless somebody asks for it."""
+    """Where the default bin ends there, memory above is handed out last; address 0 is nobody's unless asked for."""
     low, high = MemoryDescriptor(FREE, 0, 3, 0xF), MemoryDescriptor(FREE, 1 << 32, 8, 0xF)
-    found = MemoryMap([high, low], [])
+    found = MemoryMap([high, low], [], default_end=1 << 32)
     below = 1 << 52
     assert [found.allocate(2, PAGE, below) for _ in range(3)] == [2 * PAGE, PAGE, (1 << 32) + 7 * PAGE]
     assert found.allocate(2, PAGE, 1 << 32) is None
