@@ -33,7 +33,7 @@ from firmware.memory_descriptor import MemoryDescriptor
 from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import accepted_ram
 from firmware.paging import build_identity_map
-from firmware.srat import NodeRange
+from firmware.srat import Distances, NodeRange
 from guest.bitmap import GuestBitmap
 from guest.machine import Machine
 from guest.ranges import RangeMap, RangeSet
@@ -48,24 +48,28 @@ _SETUP_SECTS_DEFAULT = 4
 _VERSION_MIN = 0x200
 
 
-def td_shim(machine: Machine, policy: AcceptPolicy, cpus: int = 1, nodes: tuple[NodeRange, ...] = ()) -> None:
+def td_shim(
+    machine: Machine, policy: AcceptPolicy, accept_cpus: int = 1, nodes: tuple[NodeRange, ...] = (), cpus: int = 1,
+    distances: Distances = (),
+) -> None:  # fmt: skip
     """Run td-shim on the HOB list at RCX; the kernel's file is the payload that the host added.
 
-    It leaves boot_params in RSI and startup_64 of the decompressor in RIP. What it cannot start ends it.
+    ``accept_cpus`` of the machine's ``cpus`` processors accept memory. It leaves boot_params in RSI and startup_64 of
+    the decompressor in RIP. What it cannot start ends it.
     """
     memory, regs = machine.memory, machine.regs
     resources = read_hob_list(memory, regs.rcx)
     todo, left = divide(resources, policy)
     for start, end in todo:
-        accept_range(machine, start, end, cpus)
+        accept_range(machine, start, end, accept_cpus)
     ram = accepted_ram(resources)
     regions = _regions(machine, accepted_ram(resources, left))
     arena = _arena(machine, regions)
     boot_params = arena.put(EfiMemoryType.EfiBootServicesData, bytes(BOOT_PARAMS_SIZE))
     params = GuestRecord(memory, boot_params, BOOT_PARAMS)
-    params["acpi_rsdp_addr"] = build_acpi(arena, nodes)
+    params["acpi_rsdp_addr"] = build_acpi(arena, nodes, cpus, distances)
     _write_e820(machine, params, e820_entries(ram, regions))
-    params["unaccepted_memory"] = _build_bitmap(machine, left, cpus)
+    params["unaccepted_memory"] = _build_bitmap(machine, left, accept_cpus)
     startup_32 = _setup_header(machine, params)
     machine.print("Jump to kernel...")
     regs.cr3 = build_identity_map(memory, arena)

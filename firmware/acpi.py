@@ -1,6 +1,6 @@
 """The ACPI tables of a minimal machine: processors with a local APIC, one serial port, and no ACPI hardware.
 
-A machine with NUMA nodes has SRAT and SLIT too.
+A machine with NUMA nodes has SRAT too, and SLIT if it says how far they are from each other.
 
 The serial port has no interrupt, as nothing but the local APIC gives interrupts: the kernel then serves it by timer.
 WAET is what QEMU writes for Windows, and asks for nothing.
@@ -17,7 +17,7 @@ from itertools import cycle
 from firmware.acpi_table import HEADER_SIZE, checksum, table
 from firmware.arena import Arena
 from firmware.efi_types import EfiMemoryType
-from firmware.srat import REVISION, SLIT_REVISION, NodeRange, slit, srat
+from firmware.srat import REVISION, SLIT_REVISION, Distances, NodeRange, slit, srat
 from guest.units import SZ_4G
 
 _RSDP_V1_SIZE = 20
@@ -32,10 +32,10 @@ _COM1_PORT, _COM1_PORTS = 0x3F8, 8
 _EISAID_PNP0501 = 0x0105_D041
 
 
-def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = (), cpus: int = 1) -> int:
+def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = (), cpus: int = 1, distances: Distances = ()) -> int:
     """Write the tables of a machine with ``cpus`` processors into ACPI reclaim memory; returns the RSDP's address.
 
-    If there are nodes, SRAT and SLIT are among them, and the processors belong to the nodes by turns.
+    If there are nodes, SRAT is among them, SLIT with ``distances``, and the processors belong to the nodes by turns.
     """
     kind = EfiMemoryType.EfiACPIReclaimMemory
     dsdt = arena.put(kind, table(b"DSDT", _serial_port(), revision=2))
@@ -45,13 +45,10 @@ def build_acpi(arena: Arena, nodes: Sequence[NodeRange] = (), cpus: int = 1) -> 
         b"WAET": (struct.pack("<I", _WAET_RTC_GOOD_TIMER_GOOD), 1),
     }
     if nodes:
-        bodies |= {
-            b"SRAT": (
-                srat(nodes, list(zip(range(cpus), cycle(sorted({r.node for r in nodes})), strict=False))),
-                REVISION,
-            ),
-            b"SLIT": (slit(nodes), SLIT_REVISION),
-        }
+        processors = list(zip(range(cpus), cycle(sorted({r.node for r in nodes})), strict=False))
+        bodies[b"SRAT"] = (srat(nodes, processors), REVISION)
+    if distances:
+        bodies[b"SLIT"] = (slit(distances), SLIT_REVISION)
     tables = [arena.put(kind, table(signature, *body)) for signature, body in bodies.items()]
     xsdt = arena.put(kind, table(b"XSDT", struct.pack(f"<{len(tables)}Q", *tables)))
     rsdp = struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, b"UNACPT", 2, 0, 36, xsdt, 0)

@@ -20,7 +20,7 @@ from firmware.events import Events
 from firmware.memory_descriptor import OVMF_DESCRIPTOR_SIZE
 from firmware.memory_map import MemoryMap
 from firmware.protocols import HandleDatabase
-from firmware.tables import BOOT_SERVICES, VARIADIC
+from firmware.tables import BOOT_SERVICES, NARROW_ARGUMENTS, VARIADIC
 from firmware.variables import VariableStore
 from guest.gates import CallGate
 from guest.machine import Machine
@@ -39,7 +39,11 @@ class Phase(Enum):
 
     BOOT = auto()
     EXIT_FAILED = auto()
-    """ExitBootServices() failed: the firmware may have shut down in part (UEFI 2.10, section 7.4.6)."""
+    """ExitBootServices() failed: the firmware may have shut down in part (UEFI 2.10, section 7.4.6).
+
+    Only the map may be asked for then, and the exit be tried again. UEFI 2.9 and later let a loader allocate memory,
+    too, but no loader can rely on it: this firmware is one of UEFI 2.7, as OVMF is.
+    """
     EXITING = auto()
     """The functions of the exit's event group run; they must not allocate (UEFI 2.10, section 7.1.2)."""
     RUNTIME = auto()
@@ -92,7 +96,7 @@ class EfiServices:
         at = self.arena.put(code, _UD2.ljust(_GATE_SIZE, b"\xcc") * len(named))
         addresses = [at + _GATE_SIZE * number for number in range(len(named))]
         for address, (name, nargs) in zip(addresses, named, strict=True):
-            answer = self._guarded(name, code, handler or self.handlers[name])
+            answer = self._guarded(name, code, _narrowed(name, handler or self.handlers[name]))
             self.machine.gates.install(address, CallGate(name, nargs, answer, name in VARIADIC))
         return addresses
 
@@ -145,3 +149,15 @@ class EfiServices:
             raise self.machine.panic(f"boot service {name} called after ExitBootServices failed")
         if self.phase is Phase.EXITING and name in _ALLOCATES:
             raise self.machine.panic(f"boot service {name} called by an event of ExitBootServices")
+
+
+def _narrowed(name: str, handler: Handler) -> Handler:
+    """``handler``, which sees of each argument the bits that the service ``name`` has for it."""
+    masks = NARROW_ARGUMENTS.get(name)
+    if masks is None:
+        return handler
+
+    def narrowed(*args: int) -> int:
+        return handler(*(arg & masks[number] if number in masks else arg for number, arg in enumerate(args)))
+
+    return narrowed

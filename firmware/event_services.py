@@ -31,7 +31,6 @@ _GROUP_OF_TYPE = {
 _TYPES = {kind | notify for kind in (0, int(_TIMER)) for notify in (0, int(_WAIT), int(_SIGNAL))}
 """The other types, each with or without EVT_RUNTIME."""
 _TIMER_CANCEL, _TIMER_PERIODIC, _TIMER_RELATIVE = range(3)
-_MASK32 = 0xFFFF_FFFF
 _MAX_CHECKS = 1 << 17
 """Events that one WaitForEvent() looks at before the firmware takes it that none will ever be signalled."""
 
@@ -81,7 +80,7 @@ class EventServices:
         """CreateEventEx(): with a group, whose events are signalled together."""
         if group == 0:
             return self._create(type, tpl, function, context, None, event_at)
-        if type & _MASK32 in _GROUP_OF_TYPE:
+        if type in _GROUP_OF_TYPE:
             return EfiStatus.EFI_INVALID_PARAMETER
         return self._create(type, tpl, function, context, self._machine.memory.read(group, 16), event_at)
 
@@ -146,7 +145,6 @@ class EventServices:
         return EfiStatus.EFI_SUCCESS
 
     def _create(self, type: int, tpl: int, function: int, context: int, group: bytes | None, event_at: int) -> int:
-        type &= _MASK32
         if event_at == 0 or (type not in _GROUP_OF_TYPE and type & ~int(_RUNTIME) not in _TYPES):
             return EfiStatus.EFI_INVALID_PARAMETER
         notifies = type & (_WAIT | _SIGNAL)

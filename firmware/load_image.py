@@ -21,7 +21,7 @@ from firmware.efi_types import (
     guid_bytes,
 )
 from firmware.pe import PeImage, parse_pe
-from firmware.srat import NodeRange
+from firmware.srat import Distances, NodeRange
 from firmware.tables import (
     EFI_LOAD_FILE2_PROTOCOL,
     EFI_LOADED_IMAGE_PROTOCOL,
@@ -43,6 +43,8 @@ class FwCfg:
     nodes: tuple[NodeRange, ...] = ()
     """NUMA nodes, for the ACPI tables; none is no NUMA."""
     cpus: int = 1
+    distances: Distances = ()
+    """Between the nodes; none is no SLIT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def install_initrd(services: EfiServices, initrd: bytes) -> None:
 
     def load_file(this: int, path: int, boot_policy: int, size_at: int, buffer: int) -> int:
         memory = services.machine.memory
-        if boot_policy & 0xFF:
+        if boot_policy:
             return EfiStatus.EFI_UNSUPPORTED
         rest = first_instance(memory.read, path) if path else None
         if size_at == 0 or rest is None:

@@ -1,8 +1,9 @@
 """The firmware's memory map: what each page is used for, and how pages are handed out.
 
-Policy as in edk2 (MdeModulePkg/Core/Dxe/Mem/Page.c): the highest fitting address wins, neighbours of one type and
-attribute are one descriptor, and the map key changes with every change of the map. Ranges that the page allocator
-does not own (MMIO, unaccepted memory) are listed behind it, as GetMemoryMap() walks the GCD map last.
+Policy as in edk2 (MdeModulePkg/Core/Dxe/Mem/Page.c): the highest fitting address wins, above the end of the default bin
+only if there is none below; address 0 is never handed out; neighbours of one type and attribute are one descriptor; the
+map key changes with every change of the map. Ranges that the page allocator does not own (MMIO, unaccepted memory) are
+listed behind it, as GetMemoryMap() walks the GCD map last.
 """
 
 from __future__ import annotations
@@ -28,16 +29,25 @@ class Use(NamedTuple):
 class MemoryMap:
     """The pages that the allocator owns, in ``regions``, and fixed descriptors behind them.
 
-    A region is listed on its own: a descriptor never reaches over its border, and regions keep their order.
+    A region is listed on its own: a descriptor never reaches over its border, and regions keep their order. Each of
+    ``owned`` is one; if they are to be ``joined``, those that touch are one together. Memory below ``default_end`` is
+    handed out first.
     """
 
-    def __init__(self, owned: Iterable[MemoryDescriptor], fixed: Iterable[MemoryDescriptor]) -> None:
+    def __init__(
+        self, owned: Iterable[MemoryDescriptor], fixed: Iterable[MemoryDescriptor], joined: bool = False,
+        default_end: int = PHYSICAL_ADDRESS_END,
+    ) -> None:  # fmt: skip
         self._uses: RangeMap[Use | None] = RangeMap(None)
         self._regions: list[Range] = []
-        self._fixed = list(fixed)
+        self._fixed, self._default_end = list(fixed), default_end
         self.key = 1
         for d in owned:
-            self._regions.append(Range(d.start, d.end))
+            last = self._regions[-1] if self._regions else None
+            if joined and last is not None and last.end == d.start:
+                self._regions[-1] = Range(last.start, d.end)
+            else:
+                self._regions.append(Range(d.start, d.end))
             self._uses.assign(d.start, d.end, Use(d.type, d.attribute))
 
     def descriptors(self) -> list[MemoryDescriptor]:
@@ -51,12 +61,21 @@ class MemoryMap:
         return owned + self._fixed
 
     def allocate(self, type: int, size: int, below: int, align: int = PAGE_SIZE) -> int | None:
-        """Take whole pages for ``size`` bytes with the highest address whose end is not above ``below``.
+        """Take whole pages for ``size`` bytes whose end is not above ``below``: the highest that there are.
 
         Memory for a special purpose (EFI_MEMORY_SP) is left alone, as edk2 leaves it. Returns the address, or
         None if no free range fits. The map is unchanged then.
         """
         size = round_up(size, PAGE_SIZE)
+        best = self._highest(size, min(below, self._default_end), align)
+        if best is None and below > self._default_end:
+            best = self._highest(size, below, align)
+        if best is not None:
+            self.convert(best, best + size, type)
+        return best
+
+    def _highest(self, size: int, below: int, align: int) -> int | None:
+        """The highest free address but 0 for ``size`` bytes that end at or before ``below``."""
         best = None
         for region in self._regions:
             for start, end, use in self._uses.runs(*region):
@@ -65,10 +84,8 @@ class MemoryMap:
                 if use.attribute & EfiMemoryAttribute.EFI_MEMORY_SP:
                     continue
                 address = round_down(min(end, below) - size, align)
-                if address >= start and (best is None or address > best):
+                if address >= max(start, 1) and (best is None or address > best):
                     best = address
-        if best is not None:
-            self.convert(best, best + size, type)
         return best
 
     def allocate_at(self, type: int, start: int, size: int) -> bool:

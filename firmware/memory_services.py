@@ -7,11 +7,13 @@ from firmware.efi_types import AllocateType, EfiMemoryType, EfiStatus
 from firmware.memory_descriptor import EFI_MEMORY_DESCRIPTOR_VERSION, pack_map
 from guest.units import PAGE_SHIFT, PAGE_SIZE
 
-_ALLOCATABLE = frozenset(EfiMemoryType) - {
+_NOT_ALLOCATABLE = (
     EfiMemoryType.EfiConventionalMemory,
     EfiMemoryType.EfiPersistentMemory,
     EfiMemoryType.EfiUnacceptedMemoryType,
-}
+)
+_OEM_RESERVED_MIN = 0x7000_0000
+"""Types from here on are those of an OEM, and from 0x80000000 on those of an OS loader (UEFI 2.10, section 7.2.1)."""
 
 
 class MemoryServices:
@@ -33,19 +35,17 @@ class MemoryServices:
         }
 
     def allocate_pages(self, type: int, memory_type: int, pages: int, memory: int) -> int:
-        """AllocatePages(): EFI_NOT_FOUND or EFI_OUT_OF_RESOURCES if nothing fits, as edk2 answers."""
-        if memory_type not in _ALLOCATABLE or memory == 0:
+        """AllocatePages(): EFI_NOT_FOUND or EFI_OUT_OF_RESOURCES if nothing fits, as edk2 answers, also to 0 pages."""
+        if type not in set(AllocateType) or not _is_allocatable(memory_type) or memory == 0:
             return EfiStatus.EFI_INVALID_PARAMETER
         size = pages << PAGE_SHIFT
         if type == AllocateType.AllocateAddress:
             done = self._map.allocate_at(memory_type, self._guest.read_uint(memory, 8), size)
             return EfiStatus.EFI_SUCCESS if done else EfiStatus.EFI_NOT_FOUND
-        if type not in (AllocateType.AllocateAnyPages, AllocateType.AllocateMaxAddress) or pages == 0:
-            return EfiStatus.EFI_INVALID_PARAMETER
         below = self._services.top
         if type == AllocateType.AllocateMaxAddress:
             below = min(self._guest.read_uint(memory, 8) + 1, below)
-        address = self._map.allocate(memory_type, size, below)
+        address = self._map.allocate(memory_type, size, below) if size else None
         if address is None:
             return EfiStatus.EFI_OUT_OF_RESOURCES
         self._guest.write_uint(memory, address, 8)
@@ -82,7 +82,7 @@ class MemoryServices:
 
     def allocate_pool(self, memory_type: int, size: int, buffer: int) -> int:
         """AllocatePool()."""
-        if memory_type not in _ALLOCATABLE or buffer == 0:
+        if not _is_allocatable(memory_type) or buffer == 0:
             return EfiStatus.EFI_INVALID_PARAMETER
         address = self._services.allocate_pool(memory_type, size)
         if address is None:
@@ -93,3 +93,10 @@ class MemoryServices:
     def free_pool(self, buffer: int) -> int:
         """FreePool(): EFI_INVALID_PARAMETER for what AllocatePool() did not give."""
         return EfiStatus.EFI_SUCCESS if self._services.free_pool(buffer) else EfiStatus.EFI_INVALID_PARAMETER
+
+
+def _is_allocatable(memory_type: int) -> bool:
+    """Whether a caller may ask for memory of this type."""
+    if memory_type >= _OEM_RESERVED_MIN:
+        return True
+    return memory_type in set(EfiMemoryType) and memory_type not in _NOT_ALLOCATABLE

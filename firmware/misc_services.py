@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from uuid import UUID
 
 from firmware.boot_services import EfiServices, Handler
 from firmware.counter import MonotonicCounter
@@ -39,7 +40,10 @@ class MiscServices:
         }
 
     def install_configuration_table(self, guid_at: int, table: int) -> int:
-        """InstallConfigurationTable(): add, replace, or (with a null ``table``) remove."""
+        """InstallConfigurationTable(): add, replace, or (with a null ``table``) remove; tells the GUID's event group.
+
+        Source: UEFI 2.10, sections 7.1.2 (configuration table groups) and 7.5.6.
+        """
         if guid_at == 0:
             return EfiStatus.EFI_INVALID_PARAMETER
         guest, entry_size = self._guest, EFI_CONFIGURATION_TABLE.sizeof()
@@ -57,6 +61,7 @@ class MiscServices:
         guest.write(at, b"".join(key + value for key, value in entries.items()))
         system_table["NumberOfTableEntries"] = len(entries)
         seal(guest, self._services.system_table, EFI_SYSTEM_TABLE.sizeof())
+        self._services.events.signal_group(UUID(bytes_le=guid))
         return EfiStatus.EFI_SUCCESS
 
     def get_next_monotonic_count(self, count_at: int) -> int:
@@ -100,13 +105,12 @@ class MiscServices:
 
     def set_mem(self, buffer: int, size: int, value: int) -> int:
         """SetMem(): ``value`` is one byte. It has no status."""
-        byte = value & 0xFF
-        if byte == 0 and size:
+        if value == 0 and size:
             self._guest.clear(buffer, buffer + size)
             return EfiStatus.EFI_SUCCESS
         self._check(buffer, size, "write")
         for at in range(0, size, _PIECE):
-            self._guest.write(buffer + at, bytes([byte]) * min(_PIECE, size - at))
+            self._guest.write(buffer + at, bytes([value]) * min(_PIECE, size - at))
         return EfiStatus.EFI_SUCCESS
 
     def _check(self, start: int, size: int, kind: AccessKind) -> None:

@@ -25,10 +25,13 @@ from firmware.smbios import build_smbios
 from firmware.system_table import build_system_table
 from firmware.variables import VariableStore
 from guest.machine import Machine
-from guest.units import SZ_128M
+from guest.units import SZ_4G, SZ_128M
 
 _STACK_SIZE = SZ_128M >> 10
 """128 KiB (UEFI 2.10, section 2.3.4)."""
+
+_DEFAULT_END = SZ_4G
+"""edk2's default bin ends below its memory type bins, which lie in the first RAM that it is told of: below 4 GiB."""
 
 _ALLOCATOR_TYPES = frozenset(EfiMemoryType) - {
     EfiMemoryType.EfiReservedMemoryType,
@@ -58,7 +61,8 @@ def firmware(
     arena = Arena(machine.memory, memory_map)
     services = EfiServices(machine, memory_map, arena, VariableStore(setup.variables))
     machine.regs.rdx = build_system_table(services)
-    _install_table(services, ACPI_20_TABLE_GUID, build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus))
+    acpi = build_acpi(arena, fw_cfg.nodes, fw_cfg.cpus, fw_cfg.distances)
+    _install_table(services, ACPI_20_TABLE_GUID, acpi)
     if fw_cfg.initrd and INITRD_FILE not in setup.offers:
         install_initrd(services, fw_cfg.initrd)
     image = load_image(services, fw_cfg)
@@ -104,10 +108,11 @@ def _ovmf_map(resources: list[Resource], left: list[Resource], pci_express: bool
     unaccepted = [MemoryDescriptor.of_range(kind, r.start, r.end, 0) for r in left]
     behind = sorted([*mmio(pci_express), *unaccepted], key=lambda d: d.start)
     low, high = low_memory(accepted_ram(resources, left)), high_memory(accepted_ram(own, left))
-    return MemoryMap([*low, *high], behind)
+    return MemoryMap([*low, *high], behind, joined=True, default_end=_DEFAULT_END)
 
 
 def _given_map(descriptors: list[MemoryDescriptor]) -> MemoryMap:
     """A memory map that was brought along."""
     owned = [d for d in descriptors if d.type in _ALLOCATOR_TYPES]
-    return MemoryMap(owned, [d for d in descriptors if d.type not in _ALLOCATOR_TYPES])
+    fixed = [d for d in descriptors if d.type not in _ALLOCATOR_TYPES]
+    return MemoryMap(owned, fixed, default_end=_DEFAULT_END)

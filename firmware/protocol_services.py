@@ -121,7 +121,7 @@ class ProtocolServices:
     def open_protocol(
         self, handle: int, protocol: int, interface: int, agent: int, controller: int, attributes: int
     ) -> int:
-        """OpenProtocol(): EFI_UNSUPPORTED for a protocol that the handle does not carry."""
+        """OpenProtocol(): EFI_UNSUPPORTED, and a null interface, for a protocol that the handle does not carry."""
         test = attributes == OpenAttribute.TEST_PROTOCOL
         if protocol == 0 or (interface == 0 and not test) or handle not in self._handles:
             return EfiStatus.EFI_INVALID_PARAMETER
@@ -129,6 +129,8 @@ class ProtocolServices:
             return EfiStatus.EFI_INVALID_PARAMETER
         found = self._handles.find(handle, self._guest.read(protocol, GUID_SIZE))
         if found is None:
+            if not test:
+                self._guest.write_uint(interface, 0, 8)
             return EfiStatus.EFI_UNSUPPORTED
         status = found.open(agent, controller, attributes)
         if status in (EfiStatus.EFI_SUCCESS, EfiStatus.EFI_ALREADY_STARTED) and not test:

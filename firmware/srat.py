@@ -1,8 +1,8 @@
 """NUMA: which memory and which processor belong to which node, as ACPI tells it.
 
-SRAT has a row for each processor and each range of memory; SLIT has the distances between nodes. A node is a proximity
-domain of the same number. Sources: ACPI 6.4, sections 5.2.16 (SRAT) and 5.2.17 (SLIT); QEMU hw/i386/acpi-build.c,
-build_srat(), for what a host writes: every node is 10 away from itself, 20 from the others.
+SRAT has a row for each processor and each range of memory; SLIT has the distances between nodes, and is there only if
+they are given, as QEMU has it (-numa dist). A node is a proximity domain of the same number. Sources: ACPI 6.4,
+sections 5.2.16 (SRAT) and 5.2.17 (SLIT); QEMU hw/i386/acpi-build.c, build_srat() and acpi_build().
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ SLIT_REVISION = 1
 _LOCAL_APIC, _MEMORY, _LOCAL_X2APIC = 0, 1, 2
 _ENABLED, _HOT_PLUGGABLE = 1, 2
 _LAST_APIC_ID = 0xFE
-_LOCAL_DISTANCE, _REMOTE_DISTANCE = 10, 20
+LOCAL_DISTANCE, REMOTE_DISTANCE, NO_WAY = 10, 20, 255
+"""Distances of a node from itself, and from another if nothing else is said; 255 means that there is no way."""
+
+Distances = tuple[tuple[int, ...], ...]
+"""A row for each node: its distance from each node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,9 @@ def srat(nodes: Sequence[NodeRange], processors: Sequence[tuple[int, int]]) -> b
     return struct.pack("<IQ", 1, 0) + b"".join(rows)
 
 
-def slit(nodes: Sequence[NodeRange]) -> bytes:
-    """Body of the SLIT: the distance of each pair of nodes, 0 up to the highest that ``nodes`` name."""
-    count = max(r.node for r in nodes) + 1
-    rows = (_LOCAL_DISTANCE if a == b else _REMOTE_DISTANCE for a in range(count) for b in range(count))
-    return struct.pack("<Q", count) + bytes(rows)
+def slit(distances: Distances) -> bytes:
+    """Body of the SLIT: how many localities there are, and the distance of each pair, row by row."""
+    return struct.pack("<Q", len(distances)) + b"".join(bytes(row) for row in distances)
 
 
 def _processor(apic_id: int, node: int) -> bytes:

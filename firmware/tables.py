@@ -67,6 +67,30 @@ BOOT_SERVICES = (
 VARIADIC = frozenset({"InstallMultipleProtocolInterfaces", "UninstallMultipleProtocolInterfaces"})
 """Services whose arguments end with (EFI_GUID *, interface) pairs, up to a null EFI_GUID *."""
 
+_BITS8, _BITS32 = 0xFF, 0xFFFF_FFFF
+NARROW_ARGUMENTS = {
+    "AllocatePages": {0: _BITS32, 1: _BITS32},
+    "AllocatePool": {0: _BITS32},
+    "CreateEvent": {0: _BITS32},
+    "CreateEventEx": {0: _BITS32},
+    "SetTimer": {1: _BITS32},
+    "InstallProtocolInterface": {2: _BITS32},
+    "LocateHandle": {0: _BITS32},
+    "LocateHandleBuffer": {0: _BITS32},
+    "LoadImage": {0: _BITS8},
+    "OpenProtocol": {5: _BITS32},
+    "SetMem": {2: _BITS8},
+    "SetVirtualAddressMap": {2: _BITS32},
+    "SetVariable": {2: _BITS32},
+    "QueryVariableInfo": {0: _BITS32},
+    "ResetSystem": {0: _BITS32},
+    "LoadFile": {2: _BITS8},
+}
+"""Arguments of less than 64 bits: service, number of the argument, mask. Callers leave anything in the bits above.
+
+An argument on the stack is stored as it is wide, into a slot of eight bytes (Microsoft x64 convention).
+"""
+
 RUNTIME_SERVICES = (
     ("GetTime", 2),
     ("SetTime", 1),

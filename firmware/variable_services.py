@@ -9,8 +9,6 @@ from firmware.char16 import char16_bytes, find_char16
 from firmware.efi_types import EfiStatus
 from firmware.variables import MAX_VARIABLE_SIZE, VARIABLE_STORE_SIZE, Variable, refuse_query
 
-_MASK32 = 0xFFFF_FFFF
-
 
 class VariableServices:
     """GetVariable() to QueryVariableInfo(), on the firmware's variables."""
@@ -65,13 +63,13 @@ class VariableServices:
         if not text or size > MAX_VARIABLE_SIZE:
             return EfiStatus.EFI_INVALID_PARAMETER
         value = self._machine.caller.read(data, size) if size else b""
-        return self._variables.set(self._guid(vendor), text, attributes & _MASK32, value)
+        return self._variables.set(self._guid(vendor), text, attributes, value)
 
     def query_variable_info(self, attributes: int, most_at: int, left_at: int, largest_at: int) -> int:
         """QueryVariableInfo(): size of the store, what is left of it, and of the largest variable, in bytes."""
         if 0 in (most_at, left_at, largest_at):
             return EfiStatus.EFI_INVALID_PARAMETER
-        refused = refuse_query(attributes & _MASK32, self._variables.runtime)
+        refused = refuse_query(attributes, self._variables.runtime)
         if refused is not None:
             return refused
         left = self._variables.remaining(attributes)

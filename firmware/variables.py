@@ -109,17 +109,30 @@ class VariableStore:
         refused = _refuse_attributes(attributes)
         if refused is not None:
             return refused
-        old = self.find(vendor, name)
-        if old is not None and self.runtime and not old.attributes & _NV:
-            return EfiStatus.EFI_WRITE_PROTECTED
         if (vendor, name) in _READ_ONLY:
             return EfiStatus.EFI_WRITE_PROTECTED
+        old = self._variables.get((vendor, name))
+        if old is not None:
+            refused = self._refuse_change(old, attributes)
+            if refused is not None:
+                return refused
         append = bool(attributes & _APPEND)
         if append and not data:
-            return EfiStatus.EFI_SUCCESS if old is not None else EfiStatus.EFI_NOT_FOUND
+            return EfiStatus.EFI_SUCCESS
         if not attributes & (_BS | _RT) or not data:
             return self._delete(old)
         return self._write(old, Variable(name, vendor, attributes & int(_KEPT), data), append)
+
+    def _refuse_change(self, old: Variable, attributes: int) -> EfiStatus | None:
+        """Why ``old`` cannot be changed or deleted by a caller that gives it these attributes; None if it can.
+
+        Only one that gives no access at all, which deletes, need not name the attributes that the variable has.
+        """
+        if not self._visible(old):
+            return EfiStatus.EFI_WRITE_PROTECTED
+        if attributes & (_BS | _RT) and attributes & int(_KEPT) != old.attributes:
+            return EfiStatus.EFI_INVALID_PARAMETER
+        return EfiStatus.EFI_WRITE_PROTECTED if self.runtime and not old.attributes & _NV else None
 
     def _delete(self, old: Variable | None) -> EfiStatus:
         if old is None:
@@ -128,9 +141,7 @@ class VariableStore:
         return EfiStatus.EFI_SUCCESS
 
     def _write(self, old: Variable | None, new: Variable, append: bool) -> EfiStatus:
-        """Keep ``new`` in the place of ``old``, if it has the same attributes and there is room."""
-        if old is not None and old.attributes != new.attributes:
-            return EfiStatus.EFI_INVALID_PARAMETER
+        """Keep ``new`` in the place of ``old``, if there is room."""
         if self.runtime and new.attributes & (_NV | _RT) != _NV | _RT:
             return EfiStatus.EFI_INVALID_PARAMETER
         if old is not None and append:
@@ -139,9 +150,6 @@ class VariableStore:
             return EfiStatus.EFI_INVALID_PARAMETER
         if new.size - (old.size if old else 0) > self.remaining(new.attributes):
             return EfiStatus.EFI_OUT_OF_RESOURCES
-        hidden = self._variables.get((new.vendor, new.name))
-        if hidden is not None and not self._visible(hidden):
-            return EfiStatus.EFI_INVALID_PARAMETER
         self._variables[new.vendor, new.name] = new
         return EfiStatus.EFI_SUCCESS
 

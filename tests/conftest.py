@@ -70,8 +70,8 @@ def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Golden:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A process of pytest-xdist has ended: what it has read was read."""
-    _seen.update(map(Path, node.workeroutput.get(_OUTPUT, ())))
+    """A process of pytest-xdist has ended: what it has read was read. One that died has nothing to say."""
+    _seen.update(map(Path, getattr(node, "workeroutput", {}).get(_OUTPUT, ())))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _MAX_REAL_MEMORY = 1 << 38
 _SOURCE = "unaccepted boot --help"
 _RUNS_OF_REAL_STUB = ("stub", "kernel")
+_OF_A_TD = {
+    "faults": "fault", "efi_map": "efi-map", "run": "run", "accept": "accept-policy", "accept_cpus": "accept-cpus"
+}  # fmt: skip
+"""What only a TD has: fields, and their options."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,11 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     """The boot that the arguments describe. Files are read here; raises ``FormatError`` and ``OSError``."""
     texts = _from_toml(args.config) if args.config is not None else {}
     given = {option.name: getattr(args, option.name.replace("-", "_")) for option in OPTIONS}
-    texts |= {name: text for name, text in given.items() if text is not None}
+    return config_of_texts(texts | {name: text for name, text in given.items() if text is not None}, args.full)
+
+
+def config_of_texts(texts: dict[str, Any], full: bool = False) -> BootConfig:
+    """The boot that options' texts describe, by the options' names. Raises ``FormatError`` and ``OSError``."""
     for name in ("memory", "machine", "numa", "accept-policy", "accept-cpus"):
         if name in texts and "efi-map" in texts:
             raise FormatError(f"--{name}", found="with --efi-map", expected="one of the two", source=_SOURCE)
@@ -51,14 +59,15 @@ def boot_config(args: argparse.Namespace) -> BootConfig:
     _check_platform(fields)
     if "run" in fields:
         _check_run(fields)
-        fields["full"] = args.full
+        fields["full"] = full
     _read_kernel(fields)
     numa = fields.pop("numa", None)
     config = BootConfig(**fields)
     if numa is not None:
-        from tools.numa import numa_nodes
+        from tools.numa import numa_distances, numa_nodes
 
-        config = replace(config, nodes=numa_nodes(numa, config.machine.ram(config.memory)))
+        nodes = numa_nodes(numa, config.machine.ram(config.memory))
+        config = replace(config, nodes=nodes, distances=numa_distances(numa, nodes))
     _check_stages(config)
     return config
 
@@ -83,8 +92,8 @@ def _check_stages(config: BootConfig) -> None:
 
 
 def _check_td_shim(texts: dict[str, Any]) -> None:
-    """td-shim brings its own sections, knows no EFI map and no initrd, and hands over as v9 has it."""
-    for name in ("efi-map", "firmware", "initrd", "run"):
+    """td-shim brings its own sections, has nothing of UEFI, knows no initrd, and hands over as v9 has it."""
+    for name in ("efi-map", "firmware", "variable", "offer", "initrd", "run"):
         if name in texts:
             raise FormatError(f"--{name}", found="with --profile td-shim", expected="one of the two", source=_SOURCE)
     if texts.get("protocol", "v9") != "v9":
@@ -168,12 +177,11 @@ def _check_run(fields: dict[str, Any]) -> None:
 
 def _check_platform(fields: dict[str, Any]) -> None:
     """What needs a TD, and what needs our own kernel."""
-    for name in ("faults", "efi_map", "run"):
+    for name, option in _OF_A_TD.items():
         if name in fields and not fields.get("tdx", True):
             raise FormatError(
-                "--platform none", found=f"--{name.replace('_', '-').removesuffix('s')}",
-                expected="none of that without a TD", source=_SOURCE,
-            )  # fmt: skip
+                "--platform none", found=f"--{option}", expected="none of that without a TD", source=_SOURCE
+            )
     if fields.get("run") == "kernel" and fields.get("cpus", 1) > 1:
         raise FormatError("--cpus", found="--run kernel", expected="1 with real code", source=_SOURCE)
 

@@ -34,13 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tdvf.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
     _add_forms(tdvf)
     hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
-    hob.add_argument("file", metavar="SOURCE", help="a file, or td:MEMORY[,MACHINE]: what the host gives such a TD")
+    text = "a file, or td:MEMORY[,MACHINE][,OPTION=VALUE]...: what the host gives such a TD"
+    hob.add_argument("file", metavar="SOURCE", help=text)
     _add_forms(hob)
     acpi = structures.add_parser("acpi", help="the ACPI tables that the firmware makes")
-    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE], or a file of tables")
+    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE][,OPTION=VALUE]..., or a file of tables")
     acpi.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
     acpi.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
     _add_forms(acpi)
+    smbios = structures.add_parser("smbios", help="the SMBIOS structures that the firmware makes")
+    text = "td:MEMORY[,MACHINE][,OPTION=VALUE]..., a dump of dmidecode's, or /sys/firmware/dmi/tables/DMI"
+    smbios.add_argument("file", metavar="SOURCE", help=text)
+    smbios.add_argument("--save", metavar="FILE", help="write a file for dmidecode --from-dump")
+    _add_forms(smbios)
     kernel = structures.add_parser("kernel", help="a bzImage or vmlinux: headers, payload, segments, configuration")
     kernel.add_argument("file", metavar="FILE", help="a bzImage of boot protocol 2.02 or later, or a bare vmlinux")
     kernel.add_argument("--config", metavar="FILE", help="the kernel's configuration, if it is not inside")
@@ -121,6 +127,17 @@ def _acpi(args: argparse.Namespace) -> Iterable[str]:
     return [line for t in tables for line in hex_dump(t.data, t.at)] if args.hex else dump_acpi.text(tables)
 
 
+def _smbios(args: argparse.Namespace) -> Iterable[str]:
+    from tools import dump_smbios
+
+    found = dump_smbios.read(args.file)
+    if args.save:
+        dump_smbios.save(found, Path(args.save))
+    if args.json:
+        return [json_text(dump_smbios.to_json(found), args.json)]
+    return hex_dump(found.table, found.at) if args.hex else dump_smbios.text(found)
+
+
 def _kernel(args: argparse.Namespace) -> Iterable[str]:
     from tools import dump_kernel
     from tools.kernel_image import KernelImage, read_config_text
@@ -133,7 +150,7 @@ def _kernel(args: argparse.Namespace) -> Iterable[str]:
 
 
 _STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi, "kernel": _kernel
+    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi, "smbios": _smbios, "kernel": _kernel
 }  # fmt: skip
 
 

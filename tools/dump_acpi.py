@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from firmware.efi_types import ACPI_20_TABLE_GUID, guid_bytes
-from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
+from bootstub.boot_params import BOOT_PARAMS
+from firmware.efi_types import ACPI_20_TABLE_GUID
+from firmware.tables import EFI_SYSTEM_TABLE
 from guest.errors import FormatError
 from guest.records import RecordCopy
 from guest.units import SZ_16M, size_text
 from tools.files import read_file
+from tools.handover import configuration_table
 from tools.maps.td import PREFIX, td_boot
-from tools.numa import numa_nodes, parse_numa
 from tools.pipeline import Boot
 
 _SOURCE = "ACPI 6.4, section 5.2"
@@ -26,6 +27,7 @@ _RSDP = struct.Struct("<8sB6sBIIQB3x")
 _MAX_TABLES = 256
 _FADT_X_DSDT = 140
 _SRAT_MEMORY, _SRAT_MEMORY_SIZE = 1, 40
+_MADT_LOCAL_APIC, _MADT_LOCAL_X2APIC = 0, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class AcpiTable:
 
 
 def read(source: str, numa: str | None = None) -> list[AcpiTable]:
-    """The tables of a file, one behind the other, or of ``td:MEMORY[,MACHINE]``, which may have NUMA nodes.
+    """The tables of a file, one behind the other, or of ``td:MEMORY[,MACHINE][,OPTION=VALUE]...``.
 
     Raises ``FormatError`` and ``OSError``.
     """
@@ -70,7 +72,7 @@ def tables_of(boot: Boot) -> list[AcpiTable]:
 
 
 def text(tables: list[AcpiTable]) -> Iterator[str]:
-    """A line for each table; under an SRAT, one for each range of memory."""
+    """A line for each table; under SRAT and SLIT what they say of memory and nodes, under MADT of processors."""
     for each in tables:
         state = "checksum ok" if each.checksum_ok else "checksum WRONG"
         yield f"{each.at:#x} {each.signature} revision {each.revision}, {len(each.data)} bytes, {each.oem}, {state}"
@@ -78,6 +80,10 @@ def text(tables: list[AcpiTable]) -> Iterator[str]:
             hotplug = ", hot-plug" if row["hotplug"] else ""
             size = size_text(row["end"] - row["start"])
             yield f"    node {row['node']}: [{row['start']:#x}, {row['end']:#x}) {size}{hotplug}"
+        for node, distances in enumerate(_distances(each)):
+            yield f"    node {node}: {' '.join(map(str, distances))}"
+        if apic_ids := _apic_ids(each):
+            yield f"    processors: {len(apic_ids)}, APIC ID {apic_ids[0]} to {apic_ids[-1]}"
 
 
 def to_json(tables: list[AcpiTable]) -> list[dict[str, object]]:
@@ -89,6 +95,10 @@ def to_json(tables: list[AcpiTable]) -> list[dict[str, object]]:
         if each.signature == "SRAT":
             rows = _affinity(each)
             row["memory"] = [r | {"start": f"{r['start']:#x}", "end": f"{r['end']:#x}"} for r in rows]
+        if each.signature == "SLIT":
+            row["distances"] = [list(distances) for distances in _distances(each)]
+        if each.signature == "APIC":
+            row["apic_ids"] = _apic_ids(each)
         out.append(row)
     return out
 
@@ -101,20 +111,19 @@ def save(tables: list[AcpiTable], directory: Path) -> None:
 
 
 def _boot(source: str, numa: str | None) -> Boot:
-    boot = td_boot(source)
-    if numa is not None:
-        boot = Boot(replace(boot.config, nodes=numa_nodes(parse_numa(numa), boot.host.ram)))
+    boot = td_boot(source, () if numa is None else (("numa", numa),))
     boot.run("firmware")
     return boot
 
 
 def _rsdp_address(boot: Boot) -> int:
-    """The address that the configuration table gives for ACPI 2.0."""
-    get, entry_size = boot.physical.read, EFI_CONFIGURATION_TABLE.sizeof()
-    system_table = RecordCopy(get(boot.machine.regs.rdx, EFI_SYSTEM_TABLE.sizeof()), EFI_SYSTEM_TABLE)
-    data = get(system_table["ConfigurationTable"], system_table["NumberOfTableEntries"] * entry_size)
-    entries = {data[n : n + 16]: data[n + 16 : n + 24] for n in range(0, len(data), entry_size)}
-    return int.from_bytes(entries[guid_bytes(ACPI_20_TABLE_GUID)], "little")
+    """The address that the configuration table gives for ACPI 2.0, or without UEFI, boot_params."""
+    if boot.boot_params is not None:
+        return int(RecordCopy(boot.boot_params, BOOT_PARAMS)["acpi_rsdp_addr"])
+    system_table = boot.physical.read(boot.system_table_gpa, EFI_SYSTEM_TABLE.sizeof())
+    found = configuration_table(boot.physical, system_table, ACPI_20_TABLE_GUID)
+    assert found is not None
+    return found
 
 
 def _tables_of_file(data: bytes) -> Iterator[AcpiTable]:
@@ -143,12 +152,37 @@ def _table(get: Callable[[int, int], bytes], at: int) -> AcpiTable:
 
 
 def _affinity(found: AcpiTable) -> list[dict[str, int]]:
-    """The ranges of memory in an SRAT; what does not follow its layout ends the list."""
+    """The ranges of memory in an SRAT, but for those that it says do not count."""
     rows: list[dict[str, int]] = []
-    data = found.data[48:] if found.signature == "SRAT" else b""
-    while len(data) >= 2 and 2 <= data[1] <= len(data):
-        if data[0] == _SRAT_MEMORY and data[1] == _SRAT_MEMORY_SIZE:
-            node, start, size, flags = struct.unpack_from("<2xI2xQQ4xI", data)
-            rows.append({"node": node, "start": start, "end": start + size, "hotplug": flags >> 1 & 1})
-        data = data[data[1] :]
+    for entry in _entries(found, "SRAT", 48):
+        if (entry[0], len(entry)) == (_SRAT_MEMORY, _SRAT_MEMORY_SIZE):
+            node, start, size, flags = struct.unpack_from("<2xI2xQQ4xI", entry)
+            if flags & 1:
+                rows.append({"node": node, "start": start, "end": start + size, "hotplug": flags >> 1 & 1})
     return rows
+
+
+def _distances(found: AcpiTable) -> list[bytes]:
+    """The rows of a SLIT; none if it has not as many as it says."""
+    count = int.from_bytes(found.data[36:44], "little") if found.signature == "SLIT" else 0
+    data = found.data[44:]
+    return [data[at : at + count] for at in range(0, len(data), count)] if count and len(data) == count * count else []
+
+
+def _apic_ids(found: AcpiTable) -> list[int]:
+    """The processors of a MADT that are enabled."""
+    out = []
+    for entry in _entries(found, "APIC", 44):
+        if (entry[0], len(entry)) == (_MADT_LOCAL_APIC, 8) and entry[4] & 1:
+            out.append(entry[3])
+        if (entry[0], len(entry)) == (_MADT_LOCAL_X2APIC, 16) and entry[8] & 1:
+            out.append(int.from_bytes(entry[4:8], "little"))
+    return out
+
+
+def _entries(found: AcpiTable, signature: str, start: int) -> Iterator[bytes]:
+    """The entries, each with type and length in front, of the table ``signature``; what has no length ends them."""
+    at, data = start, found.data if found.signature == signature else b""
+    while at + 2 <= len(data) and 2 <= data[at + 1] <= len(data) - at:
+        yield data[at : at + data[at + 1]]
+        at += data[at + 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
 from bootstub.cmdline import COMMAND_LINE_SIZE
@@ -141,12 +142,18 @@ def unaccepted_table(boot: Boot) -> TableAt | None:
 
 def _unaccepted_table(memory: PhysicalMemory, system_table: bytes) -> TableAt | None:
     """The table in memory, by the bytes of the system table."""
+    at = configuration_table(memory, system_table, LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID)
+    return _table_at(memory, at) if at is not None else None
+
+
+def configuration_table(memory: PhysicalMemory, system_table: bytes, guid: UUID) -> int | None:
+    """The address of the configuration table ``guid``, by the bytes of the system table; None if there is none."""
     fields, size = RecordCopy(system_table, EFI_SYSTEM_TABLE), EFI_CONFIGURATION_TABLE.sizeof()
     count = min(fields["NumberOfTableEntries"], MAX_CONFIGURATION_TABLES)
     tables = peek(memory, fields["ConfigurationTable"], count * size) or b""
     for at in range(0, len(tables), size):
-        if tables[at : at + 16] == guid_bytes(LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID):
-            return _table_at(memory, int.from_bytes(tables[at + 16 : at + size], "little"))
+        if tables[at : at + 16] == guid_bytes(guid):
+            return int.from_bytes(tables[at + 16 : at + size], "little")
     return None
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from guest.units import size_text
 from tools.cli import script
-from tools.files import read_file
 from tools.maps.bar import bar_lines
 from tools.maps.compare import Comparison, compare
 from tools.maps.kinds import spans, totals
@@ -25,7 +24,8 @@ from tools.output import add_json_option, json_text, print_table
 _EPILOG = (
     "SOURCE: a kernel's log (efi=debug, or BIOS-e820 lines), JSON, TOML, memmap=exactmap parameters, boot_params, raw "
     "EFI descriptors, each packed with gzip or not; a directory like /sys/firmware/memmap; - for standard input; "
-    "td:4G or td:4G,pc,max-ram-below-4g=3G for the map that our firmware gives a TD of that size."
+    "td:4G or td:4G,pc,max-ram-below-4g=3G for the map that our firmware gives a TD of that size, with any options of "
+    "a boot behind it: td:64G,accept-policy=all, td:8G,numa=2,hotplug=8G, td:4G,profile=td-shim."
 )
 _MAX_BAR = 120
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot_path(args.plot)
     platform = read_map(args.source, options)
     if args.to:
-        sys.stdout.write(WRITERS[args.to](platform))
+        _put(WRITERS[args.to](platform))
     elif args.json:
         print(json_text(_json(platform), args.json))
     elif args.plot:
@@ -72,16 +72,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _put(form: str | bytes) -> None:
+    """A map in another form, and nothing else."""
+    if isinstance(form, str):
+        sys.stdout.write(form)
+    else:
+        sys.stdout.buffer.write(form)
+
+
 def _options(args: argparse.Namespace) -> SourceOptions:
     given = {option.field: (option.read, getattr(args, option.field)) for option in MAP_OPTIONS}
     fields = {field: read(text) for field, (read, text) in given.items() if text is not None}
-    return SourceOptions(**fields, firmware=None if args.firmware is None else _firmware(args.firmware))
-
-
-def _firmware(path: str) -> Any:
-    from firmware.tdvf import parse_tdvf
-
-    return parse_tdvf(read_file(path))
+    return SourceOptions(**fields, td=() if args.firmware is None else (("firmware", args.firmware),))
 
 
 def _show(platform: PlatformMap) -> None:

@@ -245,7 +245,10 @@ MAP_OPTIONS = (
 OPTIONS = (
     Option("memory", "SIZE", "guest memory, split as the machine splits it (default 4G)", "memory", parse_memory),
     Option("machine", "TYPE", "q35 (default) or pc; ,max-ram-below-4g=SIZE moves the split", "machine", parse_machine),
-    Option("numa", "NODES", "NUMA nodes: a number, or sizes (1G,3G); ,hotplug=SIZE adds a window", "numa", _numa),
+    Option(
+        "numa", "NODES", "NUMA nodes: a number, or sizes (1G,3G); ,hotplug=SIZE adds a window, ,dist=21 and "
+        ",dist=0-1:31 distances (SLIT)", "numa", _numa,
+    ),
     Option("efi-map", "SOURCE", "memory map instead: all that `unaccepted map` reads", "efi_map", str),
     *MAP_OPTIONS,
     Option("firmware", "IMAGE", "image with TDX metadata (default: OVMF's sections)", "firmware", _firmware),

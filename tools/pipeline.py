@@ -25,7 +25,7 @@ from firmware.memory_map import MemoryMap
 from firmware.ovmf_layout import BUILT_IN
 from firmware.platform_init import firmware
 from firmware.setup import DEFAULT_SETUP, Setup
-from firmware.srat import NodeRange
+from firmware.srat import Distances, NodeRange
 from firmware.tables import EFI_SYSTEM_TABLE
 from firmware.tdvf import Tdvf
 from firmware.variables import Variable
@@ -91,6 +91,8 @@ class BootConfig:
     efi_map: tuple[MemoryDescriptor, ...] | None = None
     nodes: tuple[NodeRange, ...] = ()
     """NUMA nodes, which the ACPI tables tell."""
+    distances: Distances = ()
+    """Between the nodes, if the tables tell them."""
     initrd: bytes = b""
     cmdline: str = DEFAULT_CMDLINE
     protocol: Protocol = V9
@@ -250,7 +252,9 @@ def _firmware(boot: Boot) -> None:
     config = boot.config
     given_map = None if config.efi_map is None else list(config.efi_map)
     pci_express = config.machine.name != "pc"
-    fw_cfg = FwCfg(config.kernel, config.initrd, config.cmdline, pci_express, config.nodes, config.cpus)
+    fw_cfg = FwCfg(
+        config.kernel, config.initrd, config.cmdline, pci_express, config.nodes, config.cpus, config.distances
+    )
     setup = Setup(config.variables, config.offers, config.seed, config.accept or BELOW_4G, config.accept_cpus)
     boot.firmware_map = firmware(boot.machine, fw_cfg, given_map, setup)
     boot.system_table_gpa = boot.machine.regs.rdx
@@ -264,7 +268,8 @@ def _td_shim_host(boot: Boot) -> None:
 
 def _td_shim(boot: Boot) -> None:
     config = boot.config
-    td_shim(boot.machine, config.accept or TD_SHIM_POLICY, config.accept_cpus, config.nodes)
+    policy, topology = config.accept or TD_SHIM_POLICY, (config.nodes, config.cpus, config.distances)
+    td_shim(boot.machine, policy, config.accept_cpus, *topology)
     _keep_what_the_stub_left(boot)
 
 

@@ -70,7 +70,7 @@ def test_boot_params_to_the_byte(new_boot):
         (0x1C0, "4s", b"EL64"),
         (0x1C4, "I", 0x7EAA03B0),  # efi_systab
         (0x1C8, "II", 48, 1),  # efi_memdesc_size, efi_memdesc_version
-        (0x1D0, "II", 0x7D8F6028, 28 * 48),  # efi_memmap, behind struct efi_boot_memmap; efi_memmap_size
+        (0x1D0, "II", 0x7D8F6028, 27 * 48),  # efi_memmap, behind struct efi_boot_memmap; efi_memmap_size
         (0x1E0, "I", 32768),  # alt_mem_k
         (0x1E8, "B", 19),  # e820_entries
         (0x1EC, "B", 2),  # secure_boot: disabled

@@ -127,14 +127,50 @@ def test_an_address_that_is_not_free_memory_is_not_found(efi, address, pages):
 
 @pytest.mark.parametrize(
     "kind, memory_type, pages",
-    [(3, LOADER_DATA, 1), (1 << 32, LOADER_DATA, 1), (ANY, FREE, 1), (ANY, 14, 1), (ANY, 15, 1), (ANY, 16, 1),
-     (ADDRESS, 15, 1), (MAX_ADDRESS, FREE, 1)],
+    [(3, LOADER_DATA, 1), (1 << 31, LOADER_DATA, 1), (ANY, FREE, 1), (ANY, 14, 1), (ANY, 15, 1), (ANY, 16, 1),
+     (ANY, 0x6FFF_FFFF, 1), (ADDRESS, 15, 1), (MAX_ADDRESS, FREE, 1)],
 )  # fmt: skip
 def test_wrong_types_are_invalid_parameters(efi, kind, memory_type, pages):
     """An unknown kind of allocation, and memory types that nobody can allocate, change nothing."""
     key = efi.key()
     assert efi.allocate_pages(kind, memory_type, pages, 0x40_0000) == (INVALID_PARAMETER, 0x40_0000)
     assert efi.key() == key
+
+
+@pytest.mark.parametrize("memory_type", [0x7000_0000, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
+def test_an_oem_and_an_os_loader_have_types_of_their_own(efi, memory_type):
+    """Pages and pools of these types can be had, the map lists them so, and they can be given back."""
+    status, address = efi.allocate_pages(ANY, memory_type, 1)
+    assert (status, type_at(efi, address)) == (SUCCESS, memory_type)
+    assert efi.call("FreePages", address, 1) == SUCCESS
+    status, address = efi.allocate_pool(memory_type, 8)
+    assert (status, type_at(efi, address)) == (SUCCESS, memory_type)
+    assert efi.call("FreePool", address) == SUCCESS
+
+
+@pytest.mark.parametrize("kind", [ANY, MAX_ADDRESS])
+def test_no_pages_are_out_of_resources(efi, kind):
+    """No pages are as little found as too many, as in edk2."""
+    assert efi.allocate_pages(kind, LOADER_DATA, 0, 0x40_0000) == (OUT_OF_RESOURCES, 0x40_0000)
+
+
+def test_bits_above_a_narrow_argument_are_not_looked_at(efi):
+    """Callers leave anything above an argument of 32 or 8 bits, in a register and on the stack."""
+    above = 0xDEAD_BEEF << 32
+    assert efi.allocate_pages(above | ADDRESS, above | LOADER_DATA, 1, 0x40_0000) == (SUCCESS, 0x40_0000)
+    status, pool = efi.allocate_pool(above | LOADER_DATA, 8)
+    assert (status, type_at(efi, pool)) == (SUCCESS, LOADER_DATA)
+    handle, guid, interface = efi.word(), efi.guid(GUIDS[0]), efi.word()
+    assert efi.call("InstallProtocolInterface", handle, guid, above, 0x5000) == SUCCESS
+    for attributes in (1, 2, 4):
+        assert efi.call("OpenProtocol", efi.load(handle), guid, interface, 0, 0, above | attributes) == SUCCESS
+    assert efi.load(interface) == 0x5000
+    size, buffer = efi.word(64), efi.put(bytes(64))
+    assert efi.call("LocateHandle", above | 2, guid, 0, size, buffer) == SUCCESS
+    assert (efi.load(size), efi.load(buffer)) == (8, efi.load(handle))
+    event = efi.word()
+    assert efi.call("CreateEvent", above | 0x8000_0000, 8, 0, 0, event) == SUCCESS
+    assert efi.call("SetTimer", efi.load(event), above | 2, 1) == SUCCESS
 
 
 def test_pages_are_given_back(efi):
@@ -298,6 +334,16 @@ def test_configuration_tables_are_installed_replaced_and_removed(efi):
     check_crc(efi, efi.system_table, 120)
     assert efi.call("InstallConfigurationTable", efi.guid(GUIDS[0]), 0) == NOT_FOUND
     assert type_at(efi, efi.memory.read_uint(efi.system_table + 112, 8)) == 6
+
+
+def test_who_waits_for_a_configuration_table_is_told(efi):
+    """Its GUID is an event group: adding, replacing and removing signal it, and what fails does not."""
+    told = []
+    function, event = efi.function(lambda *args: told.append(args[1]) or 0), efi.word()
+    assert efi.call("CreateEventEx", 0x200, 8, function, 0x77, efi.id(GUIDS[0]), event) == SUCCESS
+    for guid, table, count in ((0, 0, 0), (1, 5, 0), (0, 5, 1), (0, 6, 2), (0, 0, 3), (0, 0, 3)):
+        efi.call("InstallConfigurationTable", efi.guid(GUIDS[guid]), table)
+        assert told == [0x77] * count
 
 
 def test_a_full_configuration_table_is_out_of_resources(efi):

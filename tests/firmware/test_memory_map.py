@@ -119,6 +119,26 @@ def test_regions_keep_their_order_and_borders():
     ]  # fmt: skip
 
 
+def test_regions_that_touch_can_be_one():
+    """As edk2 has them: neighbours of one type are one descriptor, whatever was there when the firmware began."""
+    rows = [(FREE, 0, 8), (4, 8, 4), (5, 12, 1), (FREE, 16, 2)]
+    found = MemoryMap([MemoryDescriptor(t, first * PAGE, pages, 0xF) for t, first, pages in rows], FIXED, joined=True)
+    assert found.allocate_at(4, 6 * PAGE, 2 * PAGE)
+    assert [(d.type, d.start // PAGE, d.pages) for d in found.descriptors()[:4]] == [
+        (FREE, 0, 6), (4, 6, 6), (5, 12, 1), (FREE, 16, 2)
+    ]  # fmt: skip
+
+
+def test_memory_below_4_gib_comes_first():
+    """Where the default bin ends there, memory above is handed out last; address 0 is nobody's unless asked for."""
+    low, high = MemoryDescriptor(FREE, 0, 3, 0xF), MemoryDescriptor(FREE, 1 << 32, 8, 0xF)
+    found = MemoryMap([high, low], [], default_end=1 << 32)
+    below = 1 << 52
+    assert [found.allocate(2, PAGE, below) for _ in range(3)] == [2 * PAGE, PAGE, (1 << 32) + 7 * PAGE]
+    assert found.allocate(2, PAGE, 1 << 32) is None
+    assert found.allocate_at(2, 0, PAGE)
+
+
 def test_runtime_memory_is_marked_and_unmarked():
     """The RUNTIME attribute comes and goes with the runtime types, and other attributes stay."""
     found = build()

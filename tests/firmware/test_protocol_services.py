@@ -185,7 +185,7 @@ def test_who_opens_is_noted(efi):
 
 
 def test_open_protocol_gives_the_interface(efi):
-    """The structure's address comes back, but a test needs no place for it and leaves it alone."""
+    """The structure's address comes back, null without one; a test needs no place for it and leaves it alone."""
     handle, at = install(efi, A, 0x7100), efi.word(0xAA)
     assert efi.call("OpenProtocol", handle, efi.id(A), at, 0, 0, TEST) == SUCCESS
     assert efi.load(at) == 0xAA
@@ -193,6 +193,10 @@ def test_open_protocol_gives_the_interface(efi):
     assert efi.call("OpenProtocol", handle, efi.id(B), 0, 0, 0, TEST) == UNSUPPORTED
     assert efi.call("OpenProtocol", handle, efi.id(A), at, 0, 0, GET) == SUCCESS
     assert efi.load(at) == 0x7100
+    assert efi.call("OpenProtocol", handle, efi.id(B), at, 0, 0, TEST) == UNSUPPORTED
+    assert efi.load(at) == 0x7100
+    assert efi.call("HandleProtocol", handle, efi.id(B), at) == UNSUPPORTED
+    assert efi.load(at) == 0
 
 
 @pytest.mark.parametrize(

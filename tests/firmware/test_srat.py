@@ -30,16 +30,16 @@ def test_a_processor_has_a_row_by_the_width_of_its_id():
     assert body[16:] == b"\x02\x18\0\0\x56\x34\x12\0\xff\0\0\0\x01\0\0\0" + bytes(8)
 
 
-def test_distances_are_10_and_20():
-    """A node is 10 away from itself and 20 from any other, also if its number names no memory."""
-    nodes = [NodeRange(0, 0, 1 << 30), NodeRange(2, 4 << 30, 5 << 30)]
-    assert slit(nodes) == b"\x03" + bytes(7) + bytes([10, 20, 20, 20, 10, 20, 20, 20, 10])
+def test_distances_stand_row_by_row():
+    """The number of localities in 64 bits, then a byte for each pair."""
+    assert slit(((10, 31), (21, 10))) == b"\x02" + bytes(7) + bytes([10, 31, 21, 10])
 
 
 def test_the_root_table_names_them_if_there_are_nodes(efi):
-    """SRAT and SLIT are the last tables; without nodes they are missing. The processor is in the lowest node."""
-    found = tables(efi.memory, build_acpi(efi.services.arena, NODES))
+    """SRAT is there with nodes, SLIT with distances, as QEMU has them. The processor is in the lowest node."""
+    found = tables(efi.memory, build_acpi(efi.services.arena, NODES, 1, ((10,),)))
     assert list(found) == [b"FACP", b"APIC", b"WAET", b"SRAT", b"SLIT"]
+    assert list(tables(efi.memory, build_acpi(efi.services.arena, NODES))) == [b"FACP", b"APIC", b"WAET", b"SRAT"]
     assert found[b"SRAT"][36:] == srat(NODES, [(0, 3)])
     assert found[b"SRAT"][8] == 3
     assert list(tables(efi.memory, build_acpi(efi.services.arena))) == [b"FACP", b"APIC", b"WAET"]

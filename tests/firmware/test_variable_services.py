@@ -133,7 +133,8 @@ def test_wrong_arguments_of_set_variable(variables):
 def test_attributes_do_not_change(variables):
     """A variable that exists keeps bytes and attributes if it is set with others."""
     variables.set("Boot", ALL, b"value")
-    assert variables.set("Boot", NV | BS, b"other") == INVALID_PARAMETER
+    for data in (b"other", b""):
+        assert variables.set("Boot", NV | BS, data) == variables.set("Boot", BS | APPEND, data) == INVALID_PARAMETER
     assert variables.get("Boot")[1:3] == (ALL, 5)
     assert variables.set("Boot", ALL, b"longer value") == SUCCESS
     assert variables.get("Boot")[2] == 12
@@ -141,6 +142,8 @@ def test_attributes_do_not_change(variables):
 
 def test_appending(variables):
     """APPEND_WRITE adds to what is there, and creates what is not; nothing to append changes nothing."""
+    assert variables.set("Boot", ALL | APPEND, b"") == SUCCESS
+    assert variables.get("Boot")[0] == NOT_FOUND
     assert variables.set("Boot", ALL | APPEND, b"one") == SUCCESS
     assert variables.set("Boot", ALL | APPEND, b" two") == SUCCESS
     assert variables.set("Boot", ALL | APPEND, b"") == SUCCESS
@@ -220,7 +223,8 @@ def test_only_runtime_variables_are_left(variables):
     variables.exit()
     assert (variables.get("Both")[0], variables.get("Boot")[0]) == (SUCCESS, NOT_FOUND)
     assert variables.names() == [("Both", VENDOR)]
-    assert variables.set("Boot", ALL, b"y") == INVALID_PARAMETER
+    for data in (b"y", b""):
+        assert variables.set("Boot", NV | BS, data) == variables.set("Boot", ALL, data) == WRITE_PROTECTED
     assert info(variables, NV | BS)[0] == INVALID_PARAMETER
     assert info(variables, ALL)[0] == SUCCESS
 
@@ -264,13 +268,16 @@ def test_any_order_of_changes(steps) -> None:
         old = model.get(name)
         seen = old is not None and (not runtime or old[0] & RT)
         status = store.set(vendor, name, attributes | (APPEND if what == "append" else 0), data)
-        if runtime and seen and not old[0] & NV:
+        if old is not None and not seen:
+            expected = WRITE_PROTECTED
+        elif old is not None and old[0] != attributes:
+            expected = INVALID_PARAMETER
+        elif runtime and old is not None and not old[0] & NV:
             expected = WRITE_PROTECTED
         elif not data:
             expected = SUCCESS if seen else NOT_FOUND
         else:
-            same = old is None or (seen and old[0] == attributes)
-            expected = SUCCESS if same and (not runtime or attributes == ALL) else INVALID_PARAMETER
+            expected = SUCCESS if not runtime or attributes == ALL else INVALID_PARAMETER
         assert status == expected
         if status == SUCCESS and not data:
             del model[name]

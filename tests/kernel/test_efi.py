@@ -47,7 +47,7 @@ def test_lines_of_a_map():
     assert lines[100] == f"efi: mem100: {columns} range=[0x0000006400000000-0x0000006400262fff] (2MB)"
 
 
-@pytest.mark.parametrize(("cmdline", "shown"), [("efi=debug", 28), ("efi=noruntime,debug", 28), ("", 0), ("debug", 0)])
+@pytest.mark.parametrize(("cmdline", "shown"), [("efi=debug", 27), ("efi=noruntime,debug", 27), ("", 0), ("debug", 0)])
 def test_efi_debug(new_boot, log, cmdline, shown):
     """The map is printed if the command line asks for it, after the tables and the removed MMIO."""
     lines = log(new_boot("setup-arch", cmdline=cmdline), "setup-arch")
@@ -55,7 +55,7 @@ def test_efi_debug(new_boot, log, cmdline, shown):
     at = lines.index("efi: EFI v2.7 by unaccepted")
     assert lines[at + 1 : at + 4] == [
         "efi: ACPI 2.0=0x7f76c230 SMBIOS 3.0=0x7eaa05a0 ",
-        "efi: Remove mem26: MMIO range=[0xffc00000-0xffffffff] (4MB) from e820 map",
+        "efi: Remove mem25: MMIO range=[0xffc00000-0xffffffff] (4MB) from e820 map",
         "e820: remove [mem 0xffc00000-0xffffffff] reserved",
     ]
 
@@ -72,7 +72,7 @@ def test_map_buffer_is_reserved(new_boot):
     """The map that the stub left is read in its order, and its buffer is taken."""
     boot = new_boot("setup-arch")
     at, size = struct.unpack_from("<II", boot.boot_params, 0x1D0)
-    assert len(boot.kernel.efi_memmap) == size // 48 == 28
+    assert len(boot.kernel.efi_memmap) == size // 48 == 27
     assert boot.kernel.efi_memmap[-1] == MemoryDescriptor(15, 4 * GIB, 2 * GIB >> 12, 0)
     assert boot.kernel.memblock.is_reserved(at)
     assert boot.kernel.memblock.is_reserved(at + size - 1)

@@ -48,7 +48,7 @@ def expected_log(cmdline: str, map_page: int, high_end: int, swiotlb: int) -> li
         f"BIOS-e820: [mem 0x0000000100000000-{high_end - 1:#018x}] usable",
         "efi: EFI v2.7 by unaccepted",
         "efi: ACPI 2.0=0x7f76c230 SMBIOS 3.0=0x7eaa05a0 ",
-        "efi: Remove mem26: MMIO range=[0xffc00000-0xffffffff] (4MB) from e820 map",
+        "efi: Remove mem25: MMIO range=[0xffc00000-0xffffffff] (4MB) from e820 map",
         "e820: remove [mem 0xffc00000-0xffffffff] reserved",
         "e820: update [mem 0x00000000-0x00000fff] usable ==> reserved",
         "e820: remove [mem 0x000a0000-0x000fffff] usable",

@@ -25,7 +25,7 @@ def table(signature: bytes = b"TEST", body: bytes = b"", size: int | None = None
     return data[:9] + bytes([-sum(data) % 256]) + data[10:]
 
 
-@pytest.mark.parametrize("options", [[], ["--numa", "3,hotplug=8G"]])
+@pytest.mark.parametrize("options", [[], ["--numa", "3,hotplug=8G,dist=21"]])
 def test_acpica_reads_and_rebuilds_every_table(command, iasl, tmp_path, options):
     """iasl disassembles each table without a complaint; from its text it compiles the same table again."""
     assert command("dump", "acpi", "td:4G", "--save", tmp_path, *options).status == 0
@@ -49,19 +49,23 @@ def run(iasl: Path, directory: Path, *words: str) -> str:
 
 def test_the_tables_of_a_td_as_text_json_and_hex(command, tmp_path):
     """A line for each table, with its ranges of memory under the SRAT; JSON and bytes say the same."""
-    words = ["dump", "acpi", "td:4G,q35", "--numa", "1G,3G,hotplug=1G"]
+    words = ["dump", "acpi", "td:4G,q35,cpus=300,numa=1G,3G,hotplug=1G,dist=0-1:31"]
     lines = command(*words).out.splitlines()
     heads = [line.split(" ") for line in lines if not line.startswith(" ")]
     assert [head[1] for head in heads] == SIGNATURES + NUMA
     assert all(line.endswith("checksum ok") for line in lines if not line.startswith(" "))
-    assert lines[6:11] == [
+    assert lines[4] == "    processors: 300, APIC ID 0 to 299"
+    assert lines[7:12] == [
         "    node 0: [0x0, 0xa0000) 640 KiB",
         "    node 0: [0x100000, 0x40000000) 1023 MiB",
         "    node 1: [0x40000000, 0x80000000) 1 GiB",
         "    node 1: [0x100000000, 0x180000000) 2 GiB",
         "    node 1: [0x180000000, 0x1c0000000) 1 GiB, hot-plug",
     ]
+    assert lines[13:] == ["    node 0: 10 31", "    node 1: 31 10"]
     rows = json.loads(command(*words, "--json").out)
+    assert rows[3]["apic_ids"] == list(range(300))
+    assert rows[6]["distances"] == [[10, 31], [31, 10]]
     assert [(row["at"], row["signature"]) for row in rows] == [(head[0], head[1]) for head in heads]
     assert rows[5]["memory"][4] == {"node": 1, "start": "0x180000000", "end": "0x1c0000000", "hotplug": 1}
     dumped = command(*words, "--hex").out.splitlines()
@@ -75,6 +79,23 @@ def test_a_file_of_tables(command, file):
         "0x0 ABCD revision 1, 39 bytes, OEM, checksum ok",
         "0x27 SRAT revision 1, 36 bytes, OEM, checksum WRONG",
     ]
+
+
+def test_tables_without_uefi(command):
+    """td-shim's tables are found by boot_params, and name all processors."""
+    lines = command("dump", "acpi", "td:4G,profile=td-shim,cpus=3").out.splitlines()
+    assert [line.split()[1] for line in lines if not line.startswith(" ")] == SIGNATURES
+    assert "    processors: 3, APIC ID 0 to 2" in lines
+
+
+def test_rows_that_do_not_count_or_do_not_fit(command, file):
+    """A processor or range that is not enabled, a SLIT shorter than it says, entries without a length: left out."""
+    madt = struct.pack("<II", 0, 0) + bytes([0, 8, 7, 7, 0, 0, 0, 0]) + bytes([0, 8, 8, 8, 1, 0, 0, 0]) + b"\0\0"
+    srat = bytes(12) + struct.pack("<BBI2xQQ4xI8x", 1, 40, 0, 0, 0, 0) + b"\1"
+    slit = (3).to_bytes(8, "little") + bytes(8)
+    path = file("tables", table(b"APIC", madt) + table(b"SRAT", srat) + table(b"SLIT", slit))
+    lines = command("dump", "acpi", path).out.splitlines()
+    assert [line for line in lines if line.startswith(" ")] == ["    processors: 1, APIC ID 8 to 8"]
 
 
 @pytest.mark.parametrize(

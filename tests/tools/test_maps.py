@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from guest.records import field_extents
 from tools.maps.dmesg import E820_LINES, EFI_LINES
 from tools.maps.platform_map import PlatformMap, e820_map, efi_map, mark_unaccepted
 from tools.maps.source import SourceOptions, boot_descriptors, parse_bytes, parse_text, read_map
+from tools.maps.td import td_texts
 from tools.maps.write import WRITERS, kernel_table
 from tools.pipeline import Boot, BootConfig
 
@@ -138,6 +140,8 @@ def test_forms_that_carry_a_part():
     for form in ("e820", "memmap-args"):
         for platform in (EFI, E820):
             assert parse_text(WRITERS[form](platform), "m").e820 == tuple(kernel_table(platform))
+    shown = parse_text(WRITERS["firmware-memmap"](E820), "m").e820
+    assert shown == tuple(replace(e, type=2) if e.type == 20 else e for e in kernel_table(E820))
 
 
 @given(
@@ -291,6 +295,44 @@ def test_our_own_firmware():
     assert [d.start for d in pc.descriptors if d.start >= 3 << 30] == [0xFFC00000, 1 << 32]
 
 
+@pytest.mark.parametrize(
+    ("source", "unaccepted"),
+    [
+        ("td:8G,accept-policy=all", []),
+        ("td:8G,accept-policy=size=4G,pc", "--accept-policy: found 'size=4G,pc'"),
+        ("td:8G,pc,accept-policy=size=4G", [(5 << 30, 9 << 30)]),
+        ("td:4G,profile=td-shim", [(386 << 20, 2 << 30), (4 << 30, 6 << 30)]),
+        ("td:4G,profile=td-shim,accept-policy=all", []),
+        ("td:4G,platform=none", []),
+        ("td:4G,q35,efi-map=td:4G", "--machine: found 'q35,efi-map=td:4G'"),
+        ("td:4G,profile=td-shim,offer=rng", "--offer: found with --profile td-shim"),
+    ],
+)
+def test_our_own_firmware_with_options_of_a_boot(source, unaccepted):
+    """What of RAM the firmware leaves unaccepted follows its policy and profile; nonsense is refused as by boot."""
+    if isinstance(unaccepted, str):
+        with pytest.raises(FormatError) as caught:
+            read_map(source)
+        assert str(caught.value).startswith(unaccepted)
+        return
+    found = read_map(source)
+    ranges = [(d.start & -(2 << 20), d.end) for d in found.descriptors if d.type == 15]
+    assert ranges == unaccepted
+
+
+def test_nodes_and_variables_of_our_own_firmware():
+    """A value may have commas: what does not begin with an option's name goes on with the one before."""
+    texts = td_texts(
+        "td:8G,pc,max-ram-below-4g=3G,numa=3G,5G,hotplug=1G,dist=21,variable=a:nv,bs=0,variable=b=1,cpus=2"
+    )
+    assert texts == {
+        "memory": "8G", "machine": "pc,max-ram-below-4g=3G", "numa": "3G,5G,hotplug=1G,dist=21",
+        "variable": ["a:nv,bs=0", "b=1"], "cpus": "2",
+    }  # fmt: skip
+    nodes = read_map("td:8G,numa=3G,5G,hotplug=1G").nodes
+    assert [(n.node, n.end >> 30, n.hotplug) for n in nodes[2:]] == [(0, 5, False), (1, 10, False), (1, 11, True)]
+
+
 def test_conventional_memory_from_an_address_on():
     """It becomes unaccepted, the range over the address is cut; other types and attributes stay."""
     marked = mark_unaccepted(DESCRIPTORS[:5], (1 << 32) + 0x1000)
@@ -366,7 +408,7 @@ def test_random_descriptions(data):
     with contextlib.suppress(BootError):
         platform = parse_text(json.dumps(data), "random")
         for write in WRITERS.values():
-            assert write(platform)
+            assert write(platform) is not None
 
 
 def test_a_gzip_file_that_grows_too_large():

@@ -13,7 +13,7 @@ from guest.ranges import RangeSet
 from guest.trace import Print
 from tdx.machine_type import MachineType
 from tools.config import add_options, boot_config
-from tools.numa import Numa, numa_nodes, parse_numa
+from tools.numa import Numa, numa_distances, numa_nodes, parse_numa
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
 
 GIB, PAGE = 1 << 30, 1 << 12
@@ -53,7 +53,11 @@ def test_memory_is_divided_as_qemu_divides_it(words, nodes):
     "text, found",
     [("0", "'0'"), ("129", "'129'"), ("", "''"), ("1G,", "'1G,'"), ("2,2", "0 MiB in 2 nodes"), ("x", "'x'"),
      ("2,hotplug=", "'2,hotplug='"), ("2,hotplug=1", "'2,hotplug=1'"), ("1G,1G", "2048 MiB in 2 nodes"),
-     ("1001G", "1025024 MiB in 1 nodes"), ("2,hotplug=4E", "'2,hotplug=4E'"), ("٣", "'٣'")],
+     ("1001G", "1025024 MiB in 1 nodes"), ("2,hotplug=4E", "'2,hotplug=4E'"), ("٣", "'٣'"),
+     ("hotplug=8G", "'hotplug=8G'"), ("2,hotplug=1G,hotplug=1G", "'2,hotplug=1G,hotplug=1G'"),
+     ("2,dist=9", "'2,dist=9'"), ("2,dist=256", "'2,dist=256'"), ("2,dist=٢٢", "'2,dist=٢٢'"),
+     ("2,dist=0-0:10", "'2,dist=0-0:10'"), ("2,dist=0-1", "'2,dist=0-1'"), ("2,dist=0-2:21", "dist=0-2"),
+     ("2,dist=21,dist=22", "'2,dist=21,dist=22'"), ("2,far=1", "'2,far=1'")],
 )  # fmt: skip
 def test_nodes_that_make_no_sense_are_refused(refused, text, found):
     """One line that says what was found."""
@@ -66,6 +70,23 @@ def test_numa_needs_a_machine(refused, file):
     """A map that was brought along says its own nodes."""
     path = file("map.json", "[]")
     assert refused("boot", "--numa", "2", "--efi-map", path).startswith("--numa: found with --efi-map")
+
+
+@pytest.mark.parametrize(
+    "text, distances",
+    [
+        ("2", ()),
+        ("2,hotplug=8G", ()),
+        ("2,dist=21", ((10, 21), (21, 10))),
+        ("3,dist=0-2:40,dist=21", ((10, 21, 40), (21, 10, 21), (40, 21, 10))),
+        ("3,hotplug=8G,dist=2-1:255,dist=0-1:12", ((10, 12, 20), (12, 10, 255), (20, 255, 10))),
+        ("2,dist=0-1:11,dist=1-0:12", ((10, 12), (12, 10))),
+    ],
+)
+def test_distances_are_there_if_they_are_given(text, distances):
+    """One for all pairs, others for pairs of nodes, to and fro; 20 is what nobody says, and no table if nothing is."""
+    numa = parse_numa(text)
+    assert numa_distances(numa, numa_nodes(numa, MachineType().ram(4 * GIB))) == distances
 
 
 @given(st.lists(st.integers(1, 1 << 20), min_size=1, max_size=9))
@@ -86,7 +107,24 @@ def test_every_page_of_ram_has_one_node(pages):
     assert [n.start for n in nodes] == sorted(n.start for n in nodes)
 
 
-@given(st.text(alphabet="0123456789KMGT,hotplug=", max_size=20))
+PIECES = [
+    "",
+    "2",
+    "0",
+    "1G",
+    "3K",
+    "x",
+    "hotplug=",
+    "hotplug=8G",
+    "dist=",
+    "dist=21",
+    "dist=0-1:31",
+    "dist=0-999:1",
+    "=",
+]
+
+
+@given(st.text(alphabet="0123456789KMGT,hotplug=", max_size=20) | st.lists(st.sampled_from(PIECES)).map(",".join))
 def test_any_text_is_nodes_or_refused(text):
     """Whatever is written there."""
     from guest.errors import FormatError

@@ -169,6 +169,8 @@ def test_debians_kernel_is_unpacked_under_td_shim(command, debian_kernel):
         (["--profile", "td-shim", "--protocol", "mainline"], "--protocol: found with --profile td-shim, expected v9: "),
         (["--profile", "td-shim", "--firmware", "x"], "--firmware: found with --profile td-shim, expected one of the "),
         (["--profile", "td-shim", "--initrd", "x"], "--initrd: found with --profile td-shim, expected one of the two"),
+        (["--profile", "td-shim", "--offer", "rng"], "--offer: found with --profile td-shim, expected one of the two"),
+        (["--profile", "td-shim", "--variable", "a=0"], "--variable: found with --profile td-shim, expected one of th"),
         (["--profile", "td-shim", "--run", "kernel"], "--run: found with --profile td-shim, expected one of the two"),
         (
             ["--profile", "td-shim", "--efi-map", "x"],

@@ -29,7 +29,7 @@ _EFI_LINE = re.compile(
 _E820_BEGIN = re.compile(r"(BIOS-(?:e820|e801|88)|extended): \[mem")
 _E820_LINE = re.compile(r": \[mem (?P<start>0x[0-9a-f]{1,16})-(?P<last>0x[0-9a-f]{1,16})\] (?P<type>[a-zA-Z0-9 ()]+)")
 _SRAT_LINE = re.compile(
-    r"SRAT: Node (?P<node>[0-9]{1,4}) PXM [0-9]+ \[mem (?P<start>0x[0-9a-f]{1,16})-(?P<last>0x[0-9a-f]{1,16})\]"
+    r"SRAT: Node (?P<node>[0-9]{1,5}) PXM [0-9]+ \[mem (?P<start>0x[0-9a-f]{1,16})-(?P<last>0x[0-9a-f]{1,16})\]"
     r"(?P<hotplug> hotplug)?"
 )
 _UNKNOWN_TYPE = re.compile(r"type=([0-9]{1,10})")

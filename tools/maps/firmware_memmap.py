@@ -54,6 +54,16 @@ def from_rows(rows: Iterable[Any], name: str) -> PlatformMap:
     return e820_map([_entry(row, f"{name}: entry {count}") for count, row in enumerate(rows)], name, FORM)
 
 
+def to_rows(entries: Iterable[BootE820Entry]) -> list[dict[str, str]]:
+    """The rows that a kernel with this table shows; empty entries have none."""
+    words = {kind: word for word, kind in reversed(_TYPES.items())}
+    return [
+        {"start": f"{e.addr:#x}", "end": f"{e.addr + e.size - 1:#x}", "type": words.get(e.type, _UNKNOWN)}
+        for e in entries
+        if e.size
+    ]
+
+
 def read_tree(directory: Path) -> PlatformMap:
     """The map of a copy of /sys/firmware/memmap, or of the thing itself. Raises ``FormatError`` and ``OSError``."""
     numbers = sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdecimal())

@@ -2,7 +2,7 @@
 
 A name is one of: a file (a kernel's log, JSON, TOML, ``memmap=`` parameters, a boot_params page, raw EFI descriptors,
 guest memory with ``boot_params``; packed with gzip or not), a directory like /sys/firmware/memmap, ``-`` for standard
-input, and ``td:4G`` or ``td:4G,pc,max-ram-below-4g=3G`` for our own firmware's map.
+input, and ``td:4G`` for our own firmware's map, with options of a boot (``tools.maps.td``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 from bootstub.boot_params import BOOT_PARAMS_SIZE
 from firmware.memory_descriptor import MemoryDescriptor, check_map
-from firmware.tdvf import Tdvf
 from guest.errors import FormatError
 from guest.units import SZ_64M
 from tools.files import file_path, read_file
@@ -37,12 +36,13 @@ class SourceOptions:
 
     ``boot_params``: the file is guest memory from address 0, and this is the page, or its address. ``stride``: bytes
     from one raw descriptor to the next. ``unaccepted_from``: conventional memory from there on is unaccepted.
+    ``td``: more options of a boot, by name, for ``td:``.
     """
 
     boot_params: int | bytes | None = None
     stride: int | None = None
     unaccepted_from: int | None = None
-    firmware: Tdvf | None = None
+    td: tuple[tuple[str, str], ...] = ()
 
 
 def read_map(source: str, options: SourceOptions = SourceOptions()) -> PlatformMap:  # it is frozen
@@ -62,7 +62,7 @@ def boot_descriptors(platform: PlatformMap) -> tuple[MemoryDescriptor, ...]:
 
 def _read(source: str, options: SourceOptions) -> PlatformMap:
     if source.startswith(PREFIX):
-        return td_map(source, options.firmware)
+        return td_map(source, options.td)
     if options.boot_params is not None:
         return binary.read_image(source, options.boot_params)
     if source == "-":

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bootstub.boot_params import BootE820Entry
+from firmware.memory_descriptor import pack_map
 from kernel.e820 import E820Table
 from kernel.efi_memmap import memmap_lines
 from tools.maps.description import to_data, toml_text
+from tools.maps.firmware_memmap import to_rows
 from tools.maps.memmap_args import memmap_args
 from tools.maps.platform_map import PlatformMap
 from tools.output import json_text
@@ -50,12 +52,14 @@ def table_lines(platform: PlatformMap) -> list[str]:
     return e820_lines(platform) if platform.is_e820 else efi_lines(platform)
 
 
-WRITERS: dict[str, Callable[[PlatformMap], str]] = {
+WRITERS: dict[str, Callable[[PlatformMap], str | bytes]] = {
     "efi": lambda platform: "\n".join(efi_lines(platform)) + "\n",
     "e820": lambda platform: "\n".join(e820_lines(platform)) + "\n",
     "json": lambda platform: json_text(to_data(platform), "pretty") + "\n",
     "toml": toml_text,
     "dmesg": lambda platform: "\n".join(dmesg_lines(platform)) + "\n",
     "memmap-args": lambda platform: memmap_args(kernel_table(platform)) + "\n",
+    "firmware-memmap": lambda platform: json_text(to_rows(kernel_table(platform)), "pretty") + "\n",
+    "raw": lambda platform: pack_map(platform.descriptors),
 }
-"""The forms of ``unaccepted map --to``."""
+"""The forms of ``unaccepted map --to``. Raw descriptors, 48 bytes each as OVMF has them, are no text."""
