@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from bootstub.boot_params import BOOT_PARAMS_SIZE, check_size
 from guest.errors import FormatError
@@ -21,36 +22,50 @@ LIVE_BOOT_PARAMS = "/sys/kernel/boot_params/data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     structures = parser.add_subparsers(dest="structure", metavar="STRUCTURE", required=True)
-    boot_params = structures.add_parser("boot-params", help="the zero page, 4096 bytes")
-    source = boot_params.add_mutually_exclusive_group(required=True)
+    for name, structure in _STRUCTURES.items():
+        structure.add_arguments(structures.add_parser(name, help=structure.text, description=f"Show {structure.text}."))
+
+
+def _add_boot_params(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
     text = "a file, - for standard input, a directory of `boot --save`, td:4G[,MACHINE], or a boot's FILE.toml"
     source.add_argument("file", metavar="SOURCE", nargs="?", help=text)
     source.add_argument("--live", action="store_true", help=f"the running machine's own, {LIVE_BOOT_PARAMS}")
-    form = _add_forms(boot_params)
+    form = _add_forms(parser)
     form.add_argument("--dmesg", action="store_true", help="print the BIOS-e820 lines as the kernel will print them")
-    boot_params.add_argument("--blame", action="store_true", help="say of each field who wrote it, of a boot")
-    boot_params.set_defaults(usage_error=boot_params.error)
-    tdvf = structures.add_parser("tdvf", help="TDX and SEV metadata of a firmware image, and its MRTD")
-    tdvf.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
-    _add_forms(tdvf)
-    hob = structures.add_parser("hob", help="a HOB list: the memory that a host tells the firmware of")
+    parser.add_argument("--blame", action="store_true", help="say of each field who wrote it, of a boot")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def _add_tdvf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="IMAGE", help="OVMF, td-shim or another image whose end is at 4 GiB")
+    _add_forms(parser)
+
+
+def _add_hob(parser: argparse.ArgumentParser) -> None:
     text = "a file, or td:MEMORY[,MACHINE][,OPTION=VALUE]...: what the host gives such a TD"
-    hob.add_argument("file", metavar="SOURCE", help=text)
-    _add_forms(hob)
-    acpi = structures.add_parser("acpi", help="the ACPI tables that the firmware makes")
-    acpi.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE][,OPTION=VALUE]..., or a file of tables")
-    acpi.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
-    acpi.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
-    _add_forms(acpi)
-    smbios = structures.add_parser("smbios", help="the SMBIOS structures that the firmware makes")
+    parser.add_argument("file", metavar="SOURCE", help=text)
+    _add_forms(parser)
+
+
+def _add_acpi(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE][,OPTION=VALUE]..., or a file of tables")
+    parser.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
+    parser.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
+    _add_forms(parser)
+
+
+def _add_smbios(parser: argparse.ArgumentParser) -> None:
     text = "td:MEMORY[,MACHINE][,OPTION=VALUE]..., a dump of dmidecode's, or /sys/firmware/dmi/tables/DMI"
-    smbios.add_argument("file", metavar="SOURCE", help=text)
-    smbios.add_argument("--save", metavar="FILE", help="write a file for dmidecode --from-dump")
-    _add_forms(smbios)
-    kernel = structures.add_parser("kernel", help="a bzImage or vmlinux: headers, payload, segments, configuration")
-    kernel.add_argument("file", metavar="FILE", help="a bzImage of boot protocol 2.02 or later, or a bare vmlinux")
-    kernel.add_argument("--config", metavar="FILE", help="the kernel's configuration, if it is not inside")
-    _add_forms(kernel)
+    parser.add_argument("file", metavar="SOURCE", help=text)
+    parser.add_argument("--save", metavar="FILE", help="write a file for dmidecode --from-dump")
+    _add_forms(parser)
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a bzImage of boot protocol 2.02 or later, or a bare vmlinux")
+    parser.add_argument("--config", metavar="FILE", help="the kernel's configuration, if it is not inside")
+    _add_forms(parser)
 
 
 def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -63,7 +78,7 @@ def _add_forms(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
 
 def run(args: argparse.Namespace) -> int:
     """Dump a structure; one that cannot be read to its end prints nothing."""
-    for line in list(_STRUCTURES[args.structure](args)):
+    for line in list(_STRUCTURES[args.structure].lines(args)):
         print(line)
     return 0
 
@@ -149,9 +164,22 @@ def _kernel(args: argparse.Namespace) -> Iterable[str]:
     return dump_kernel.hex_lines(found) if args.hex else dump_kernel.text(found)
 
 
-_STRUCTURES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
-    "boot-params": _boot_params, "tdvf": _tdvf, "hob": _hob, "acpi": _acpi, "smbios": _smbios, "kernel": _kernel
-}  # fmt: skip
+class _Structure(NamedTuple):
+    """What can be shown: its text in the help, the arguments that it takes, the lines that it prints."""
+
+    text: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    lines: Callable[[argparse.Namespace], Iterable[str]]
+
+
+_STRUCTURES = {
+    "boot-params": _Structure("the zero page, 4096 bytes", _add_boot_params, _boot_params),
+    "tdvf": _Structure("TDX and SEV metadata of a firmware image, and its MRTD", _add_tdvf, _tdvf),
+    "hob": _Structure("a HOB list: the memory that a host tells the firmware of", _add_hob, _hob),
+    "acpi": _Structure("the ACPI tables that the firmware makes", _add_acpi, _acpi),
+    "smbios": _Structure("the SMBIOS structures that the firmware makes", _add_smbios, _smbios),
+    "kernel": _Structure("a bzImage or vmlinux: headers, payload, segments, configuration", _add_kernel, _kernel),
+}
 
 
 def _read(path: str) -> bytes:

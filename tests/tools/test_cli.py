@@ -15,6 +15,7 @@ from bootstub.sample_kernel import sample_bzimage
 from tests.bootstub.conftest import patch_kernel
 from tools.cli import VERBS, main
 
+STRUCTURES = ("boot-params", "tdvf", "hob", "acpi", "kernel")
 NEEDED = {"judge": ("--kernel", "unread"), "conform": ("unread",)}
 """Arguments that a verb cannot do without."""
 REPOSITORY = Path(__file__).parents[2]
@@ -176,7 +177,9 @@ def test_wrong_usage(command, words):
     assert "error: " in answer.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[], *([verb] for verb in VERBS), *(["dump", structure] for structure in STRUCTURES)], ids=" ".join
+)
 def test_help(command, words):
     """Help is an answer: exit status 0, on standard output; behind the usage a sentence says what is done."""
     answer = command(*words, "--help")
