@@ -17,7 +17,7 @@ from guest.errors import BootError
 VERBS = {
     "boot": "boot a guest through every stage; print its log and a table of stages",
     "step": "boot a guest stage by stage, or to an event, and look at it",
-    "dump": "show a structure: boot-params, tdvf, hob, acpi, kernel",
+    "dump": "show a structure: boot-params, tdvf, hob, acpi, smbios, kernel",
     "diff": "compare two boots, and say who wrote what differs",
     "explore": "boot once for every call and every fault of a hostile host; what does the guest do?",
     "kaslr": "where KASLR puts the kernel, over many seeds; how much of that is unaccepted?",

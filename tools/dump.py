@@ -16,6 +16,7 @@ from tools.files import file_path, read_file
 from tools.output import add_json_option, hex_dump, json_text
 
 _SOURCE = "unaccepted dump boot-params --help"
+_TD = "td:MEMORY[,MACHINE][,OPTION=VALUE]..."
 LIVE_BOOT_PARAMS = "/sys/kernel/boot_params/data"
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_boot_params(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    text = "a file, - for standard input, a directory of `boot --save`, td:4G[,MACHINE], or a boot's FILE.toml"
+    text = f"a file, - for standard input, a directory of `boot --save`, {_TD}, or a boot's FILE.toml"
     source.add_argument("file", metavar="SOURCE", nargs="?", help=text)
     source.add_argument("--live", action="store_true", help=f"the running machine's own, {LIVE_BOOT_PARAMS}")
     form = _add_forms(parser)
@@ -43,20 +44,20 @@ def _add_tdvf(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_hob(parser: argparse.ArgumentParser) -> None:
-    text = "a file, or td:MEMORY[,MACHINE][,OPTION=VALUE]...: what the host gives such a TD"
+    text = f"a file, or {_TD}: what the host gives such a TD"
     parser.add_argument("file", metavar="SOURCE", help=text)
     _add_forms(parser)
 
 
 def _add_acpi(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="SOURCE", help="td:MEMORY[,MACHINE][,OPTION=VALUE]..., or a file of tables")
+    parser.add_argument("file", metavar="SOURCE", help=f"{_TD}, or a file of tables")
     parser.add_argument("--numa", metavar="NODES", help="NUMA nodes, as boot --numa has them")
     parser.add_argument("--save", metavar="DIR", help="write each table into a file, such as DSDT.dat")
     _add_forms(parser)
 
 
 def _add_smbios(parser: argparse.ArgumentParser) -> None:
-    text = "td:MEMORY[,MACHINE][,OPTION=VALUE]..., a dump of dmidecode's, or /sys/firmware/dmi/tables/DMI"
+    text = f"{_TD}, a dump of dmidecode's, or /sys/firmware/dmi/tables/DMI"
     parser.add_argument("file", metavar="SOURCE", help=text)
     parser.add_argument("--save", metavar="FILE", help="write a file for dmidecode --from-dump")
     _add_forms(parser)
