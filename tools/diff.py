@@ -35,7 +35,7 @@ class Difference:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    text = "a directory of `boot --save`, FILE.toml with options of a boot, td:4G[,OPTION=VALUE]..., or a boot_params file"
+    text = "a directory of `boot --save`, FILE.toml with options of a boot, td:4G[,OPTION=VALUE]..., or a boot_params"
     parser.add_argument("a", metavar="A", help=text)
     parser.add_argument("b", metavar="B", help="the same")
     add_json_option(parser)
