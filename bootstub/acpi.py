@@ -13,7 +13,7 @@ from uuid import UUID
 from bootstub.cmdline import find_option
 from bootstub.setup_data import SETUP_DATA, SetupDataType, walk_setup_data
 from bootstub.slots import MemVector
-from firmware.efi_types import ACPI_20_TABLE_GUID, guid_bytes
+from firmware.efi_types import ACPI_20_TABLE_GUID, ACPI_TABLE_GUID, guid_bytes
 from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE, MAX_CONFIGURATION_TABLES
 from guest.machine import Machine
 from guest.memory import GuestMemory
@@ -22,7 +22,6 @@ from guest.units import PHYSICAL_ADDRESS_END, SZ_1M
 
 EL32, EL64 = 0x3233_4C45, 0x3436_4C45
 """efi_loader_signature: an EFI of 32 or 64 bits started the loader."""
-ACPI_TABLE_GUID = UUID("eb9d2d30-2d88-11d3-9a16-0090273fc14d")
 
 _RSDP, _RSDP_SIZE, _RSDP_V1_SIZE = b"RSD PTR ", 36, 20
 _EBDA_POINTER, _EBDA_WINDOW, _EBDA_MIN = 0x40E, 1024, 0x400

@@ -78,6 +78,7 @@ def parse_bzimage(data: bytes) -> BzImage:
     """Read the header of a bzImage that boots by its 64-bit EFI stub; ``FormatError`` if it cannot be one."""
     hdr, missing = _read_header(data)
     _check_loading(hdr, missing)
+    _check_alignment(hdr)
     return _bzimage(data, hdr, missing)
 
 
@@ -174,6 +175,10 @@ def _check_loading(hdr: Any, missing: frozenset[str]) -> None:
         f"{hdr.xloadflags:#x}",
         "XLF_KERNEL_64 (bit 0): a 64-bit kernel",
     )
+
+
+def _check_alignment(hdr: Any) -> None:
+    """``kernel_alignment``, ``min_alignment`` and ``pref_address`` fit each other."""
     alignment = hdr.kernel_alignment
     _require(
         alignment >= PAGE_SIZE and alignment & alignment - 1 == 0,

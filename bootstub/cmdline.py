@@ -12,6 +12,7 @@ from guest.memory import GuestMemory
 from guest.units import PAGE_SIZE, memparse
 
 COMMAND_LINE_SIZE = 2048
+"""Bytes that the kernel keeps of a command line, with its NUL (arch/x86/include/asm/setup.h)."""
 
 _WORDS = re.compile(rb"[^\x00-\x20]+")
 _SPACE = b" \t\n\v\f\r\xa0"

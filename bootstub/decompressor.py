@@ -62,8 +62,10 @@ def table_of_efi(machine: Machine, params: GuestRecord) -> Accept | None:
 
 @dataclass(frozen=True, slots=True)
 class Decompressor:
-    """What differs between decompressors: ``find_record``, None in one that was built without unaccepted memory;
-    whether it has the option ``mem_encrypt=`` (since 6.9).
+    """What differs between decompressors.
+
+    ``find_record`` is None in one that was built without unaccepted memory. ``mem_encrypt``: it has the option
+    ``mem_encrypt=`` (since 6.9).
     """
 
     find_record: FindRecord | None

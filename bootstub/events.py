@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from bootstub.slots import SlotArea, slot_address
 from guest.trace import Event
-from guest.units import round_down
+from guest.units import U32_MAX, round_down
 
-_MASK32 = 0xFFFF_FFFF
 RandomLong = Callable[[], int]
 """kaslr_get_random_long(): the next random number of 64 bits."""
 
@@ -39,7 +39,7 @@ class PagingLevels(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class KaslrChoice(Event):
+class KaslrChoice(Event, ABC):
     """What KASLR chooses from, before it draws: ``areas`` of physical places, ``align`` apart, for ``size`` bytes.
 
     ``hash`` is what the random numbers start from: build string and boot_params.
@@ -60,9 +60,9 @@ class KaslrChoice(Event):
         """Number of physical places."""
         return sum(area.num for area in self.areas)
 
+    @abstractmethod
     def place(self, random_long: RandomLong) -> tuple[int | None, int]:
         """Physical and virtual address, the former None without a place."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,6 @@ class StubChoice(KaslrChoice):
     def place(self, random_long: RandomLong) -> tuple[int | None, int]:
         """efi_random_alloc() and efi_decompress_kernel(): the lower half is the physical place, the upper the other."""
         seed = self.given ^ random_long()
-        target = 0 if self.lowest else self.slots * (seed & _MASK32) >> 32
+        target = 0 if self.lowest else self.slots * (seed & U32_MAX) >> 32
         physical = slot_address(self.areas, self.align, target) if self.slots else None
         return physical, round_down(LOAD_PHYSICAL_ADDR + (self.room * (seed >> 32) >> 32), self.align)

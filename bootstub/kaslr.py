@@ -15,8 +15,7 @@ from bootstub.slots import SlotArea
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.machine import Machine
-from guest.registers import MASK64
-from guest.units import round_down, round_up
+from guest.units import U64_MAX, round_down, round_up
 
 MIX_CONSTANT = 0x5D60_08CB_F384_8DD3
 _ROTATION = 7
@@ -57,7 +56,7 @@ def kaslr_get_random_long(machine: Machine, seed: int) -> int:
     if edx & _TSC:
         seed ^= machine.entropy.rdtsc()
     product = seed * MIX_CONSTANT
-    return (product & MASK64) + (product >> 64) & MASK64
+    return (product & U64_MAX) + (product >> 64) & U64_MAX
 
 
 def conventional_slots(
@@ -89,5 +88,5 @@ def _slots(d: MemoryDescriptor, size: int, align: int, minimum: int, soft_reserv
 def _rotate_xor(value: int, data: bytes) -> int:
     """Fold the whole 64-bit words of ``data`` into ``value``."""
     for (word,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8]):
-        value = ((value << 64 - _ROTATION | value >> _ROTATION) & MASK64) ^ word
+        value = ((value << 64 - _ROTATION | value >> _ROTATION) & U64_MAX) ^ word
     return value

@@ -11,6 +11,8 @@ LOAD_PHYSICAL_ADDR = SZ_16M
 """CONFIG_PHYSICAL_START, aligned to CONFIG_PHYSICAL_ALIGN."""
 CONFIG_PHYSICAL_ALIGN = SZ_2M
 MIN_KERNEL_ALIGN = PMD_SIZE
+START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
+"""__START_KERNEL_map: virtual address of the kernel's mapping of physical address 0."""
 KERNEL_IMAGE_SIZE = SZ_1G
 """Room for the kernel from the start of its virtual mapping on, with CONFIG_RANDOMIZE_BASE."""
 SECTOR = 512

@@ -16,7 +16,9 @@ MAX_MEMMAP_REGIONS = 4
 
 @dataclass(slots=True)
 class MemOptions:
-    """``mem_limit``: no kernel ends above it. ``avoid``: the regions of ``memmap=``, four at most; with more of them,
+    """What the command line asks of KASLR.
+
+    ``mem_limit``: no kernel ends above it. ``avoid``: the regions of ``memmap=``, four at most; with more of them,
     ``memmap_too_large``. ``gb_huge_pages`` of 1 GiB are left alone. ``warnings`` are the decompressor's words.
     """
 

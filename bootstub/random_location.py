@@ -26,8 +26,7 @@ from guest.errors import FormatError
 from guest.machine import Machine
 from guest.memory import GuestMemory
 from guest.records import GuestRecord
-from guest.registers import MASK64
-from guest.units import PAGE_SHIFT, SZ_16M, round_down, round_up
+from guest.units import PAGE_SHIFT, SZ_16M, U64_MAX, round_down, round_up
 
 _MINIMUM_AT_MOST = 512 << 20
 _MAX_MEMMAP_SIZE = SZ_16M
@@ -146,4 +145,4 @@ def _efi_regions(memory: GuestMemory, params: GuestRecord, unaccepted: bool) -> 
     wanted = reliable if any(d.attribute & reliable for d in descriptors) else 0
     for d in descriptors:
         if d.type in free and not d.attribute & EfiMemoryAttribute.EFI_MEMORY_SP and d.attribute & wanted == wanted:
-            yield MemVector(d.start, d.pages << PAGE_SHIFT & MASK64)
+            yield MemVector(d.start, d.pages << PAGE_SHIFT & U64_MAX)

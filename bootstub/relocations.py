@@ -13,20 +13,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
+from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR, START_KERNEL_MAP
 from bootstub.vmlinux import Vmlinux, place_segments
 from guest.errors import FormatError
 from guest.memory import GuestMemory
-from guest.units import SZ_1M
-
-START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
-"""__START_KERNEL_map: virtual address of the kernel's mapping of physical address 0."""
+from guest.units import SZ_1M, U32_MAX, U64_MAX
 
 _SOURCE = "arch/x86/boot/compressed/misc.c, handle_relocations()"
 _WORD = 4
 _TABLE_LIMIT = 16 * SZ_1M
 """More than sixteen times the table of a distribution's kernel. Bounds the work that a hostile payload can ask for."""
-_MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +62,9 @@ def relocate(image: bytearray, base: int, relocations: Relocations, delta: int) 
     if the kernel is not moved. ``FormatError`` if a place is not all inside; then nothing is changed.
     """
     changes = (
-        ("32-bit relocation", relocations.words32, struct.Struct("<I"), delta, _MASK32),
-        ("inverse 32-bit relocation", relocations.inverse32, struct.Struct("<I"), -delta, _MASK32),
-        ("64-bit relocation", relocations.words64, struct.Struct("<Q"), delta, _MASK64),
+        ("32-bit relocation", relocations.words32, struct.Struct("<I"), delta, U32_MAX),
+        ("inverse 32-bit relocation", relocations.inverse32, struct.Struct("<I"), -delta, U32_MAX),
+        ("64-bit relocation", relocations.words64, struct.Struct("<Q"), delta, U64_MAX),
     )
     for what, places, form, _, _ in changes:
         _check_places(what, places, base, base + len(image) - form.size)
@@ -96,7 +92,7 @@ def load_kernel(memory: GuestMemory, vmlinux: bytes, kernel: Vmlinux, output: in
 
 def _places(words: Sequence[int], at: int) -> Sequence[int]:
     """Physical addresses for the lower halves of virtual ones, all of which lie in the kernel's mapping."""
-    low = START_KERNEL_MAP & _MASK32
+    low = START_KERNEL_MAP & U32_MAX
     if words and min(words) < low:
         number = next(number for number, word in enumerate(words) if word < low)
         found, expected = f"{words[number]:#x}", f"an address from {START_KERNEL_MAP:#x} on"

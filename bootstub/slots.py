@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from guest.errors import FormatError
-from guest.registers import MASK64
-from guest.units import PUD_SHIFT, PUD_SIZE, round_down, round_up
+from guest.units import PUD_SHIFT, PUD_SIZE, U64_MAX, round_down, round_up
 
 MAX_SLOT_AREA = 100
 _SOURCE = "arch/x86/boot/compressed/kaslr.c, __process_mem_region()"
@@ -27,7 +26,7 @@ class MemVector(NamedTuple):
     @property
     def end(self) -> int:
         """The address behind it, of 64 bits."""
-        return self.start + self.size & MASK64
+        return self.start + self.size & U64_MAX
 
     def overlaps(self, other: MemVector) -> bool:
         """mem_overlaps(): an empty region overlaps one that it lies inside of."""
@@ -78,7 +77,7 @@ class Slots:
         for node in self._immovable:
             if region.overlaps(node):
                 start, stop = (min(max(address, node.start), node.end) for address in (region.start, region.end))
-                self._process(MemVector(start, stop - start & MASK64))
+                self._process(MemVector(start, stop - start & U64_MAX))
                 if self.full:
                     return True
         return False
@@ -100,7 +99,7 @@ class Slots:
 
     def _aligned(self, address: int) -> int:
         aligned = round_up(address, self._align)
-        if aligned > MASK64:
+        if aligned > U64_MAX:
             raise FormatError(
                 "region of memory", at=address, found="a start in the last bytes of 64-bit addresses",
                 expected="one that can be aligned", source=_SOURCE,

@@ -8,6 +8,7 @@ forgets, and level-triggered interrupts, as there is no I/O APIC. Source: SDM vo
 from __future__ import annotations
 
 from guest.clock import VirtualClock
+from guest.units import U32_MAX
 from tdx.cpuid import CRYSTAL_HZ, TSC_HZ
 
 MSR_APIC_BASE, MSR_TSC_DEADLINE = 0x1B, 0x6E0
@@ -36,7 +37,6 @@ _LOGICAL_ID = 1
 _FIRST_VECTOR, _ERROR_RECEIVED_ILLEGAL = 16, 1 << 6
 _ONE_SHOT, _PERIODIC, _TSC_DEADLINE = range(3)
 _NS = 1_000_000_000
-_MASK32 = (1 << 32) - 1
 
 
 class LocalApic:
@@ -65,7 +65,7 @@ class LocalApic:
             return self._registers[index]
         for first, bits in ((_ISR, self._isr), (_TMR, 0), (_IRR, self._irr)):
             if first <= index < first + 8:
-                return bits >> 32 * (index - first) & _MASK32
+                return bits >> 32 * (index - first) & U32_MAX
         fixed = {MSR_APIC_BASE: _BASE_AND_FLAGS, _ID: 0, _VERSION: _VERSION_AND_MAX_LVT, _LDR: _LOGICAL_ID}
         if index in fixed:
             return fixed[index]
@@ -85,7 +85,7 @@ class LocalApic:
             return self._send(value)
         if index in _LVT_WRITABLE:
             return self._write_lvt(index, value)
-        limits = {_TPR: 0xFF, _SVR: _SVR_WRITABLE, _DIVIDE: 0xB, _SELF_IPI: 0xFF, _INITIAL_COUNT: _MASK32}
+        limits = {_TPR: 0xFF, _SVR: _SVR_WRITABLE, _DIVIDE: 0xB, _SELF_IPI: 0xFF, _INITIAL_COUNT: U32_MAX}
         if value > limits.get(index, 0):
             return False
         return self._write_plain(index, value)

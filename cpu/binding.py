@@ -2,8 +2,9 @@
 ``cpu.rdrand``.
 
 Unicorn 2.1.4 delivers no exception through the IDT, keeps a stale ``old_exception`` that turns the second page
-fault into a double fault, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of
-them is to read and write the CPU's state directly. Where it lies is found when an engine is made; what lies where
+fault into a double fault, and a stale ``exception_is_int`` that sends the first intercepted instruction after an INT3
+back behind it, has no hook for RDTSC in Python, and is slow to read registers. The cure for all of them is to read
+and write the CPU's state directly. Where it lies is found when an engine is made; what lies where
 in it is known for one version, and checked before the engine is used.
 """
 
@@ -20,7 +21,7 @@ from cpu.rdrand import RandomNumbers, first_number
 # struct CPUX86State of unicorn 2.1.4, x86-64 Linux: offsets in bytes
 _REGS, _RIP, _RFLAGS, _HFLAGS, _SEGMENTS = 0, 128, 136, 176, 184
 _TR, _GDT, _IDT, _CR = 352, 376, 400, 424
-_ERROR_CODE, _DR, _OLD_EXCEPTION = 5384, 5400, 5496
+_ERROR_CODE, _IS_INT, _DR, _OLD_EXCEPTION = 5384, 5388, 5400, 5496
 _VM_VMCB, _INTERCEPT, _INTERCEPT_DR_WRITE = 5504, 5520, 5534
 _SEGMENT = struct.Struct("<IIQII")
 _SEGMENT_ORDER = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -28,6 +29,7 @@ _NO_EXCEPTION = -1
 _CPL_MASK = 3
 _HF_INHIBIT_IRQ, _HF_GUEST, _HF_IO_BREAKPOINTS = 1 << 3, 1 << 21, 1 << 24
 _DR6_INIT, _DR7_INIT = 0xFFFF_0FF0, 0x400
+_INT3, _BP = b"\xcc", 3
 _RDRAND = b"\x48\x0f\xc7\xf0"  # rdrand rax
 _TEST_CPUID, _TEST_TABLES, _UNMAPPED = 0x100, 0x1000, 0x12_3000
 
@@ -60,6 +62,7 @@ class CpuState:
         }
         self.cr = (ctypes.c_uint64 * 5).from_address(address + _CR)
         self._error_code = ctypes.c_int32.from_address(address + _ERROR_CODE)
+        self._is_int = ctypes.c_int32.from_address(address + _IS_INT)
         self.dr = (ctypes.c_uint64 * 8).from_address(address + _DR)
         self._old_exception = ctypes.c_int32.from_address(address + _OLD_EXCEPTION)
         self._vm_vmcb = ctypes.c_uint64.from_address(address + _VM_VMCB)
@@ -97,8 +100,9 @@ class CpuState:
         return self._old_exception.value
 
     def forget_exception(self) -> None:
-        """An exception was delivered: the next one is a first one again."""
+        """An exception was delivered: the next one is a first one again, and an exit after INT3 is no INT3."""
         self._old_exception.value = _NO_EXCEPTION
+        self._is_int.value = 0
 
     @property
     def cpl(self) -> int:
@@ -230,7 +234,7 @@ class Engine:
 
 
 def self_test() -> None:
-    """Run a page fault, RDRAND and an intercepted CPUID through a small engine: is its build as these files say?
+    """Run a page fault, INT3, RDRAND and an intercepted CPUID through a small engine: is its build as these files say?
 
     Raises ``EngineError`` with the version that is known.
     """
@@ -252,14 +256,19 @@ def self_test() -> None:
     engine.uc.reg_write(const.UC_X86_REG_CR0, 1 << 31 | 1 << 16 | 1)
     engine.run(0)
     layout = seen == [(14, 14, _UNMAPPED)] and engine.state.rip == 0
-    engine.uc.mem_write(_TEST_CPUID - len(_RDRAND), _RDRAND + b"\x0f\xa2")
+    start = _TEST_CPUID - len(_INT3 + _RDRAND)
+    engine.uc.mem_write(start, _INT3 + _RDRAND + b"\x0f\xa2")
     engine.state.intercept(0, [SVM_EXIT_CPUID])
-    engine.run(_TEST_CPUID - len(_RDRAND))
-    layout &= seen[1:] == [(EXCP_VMEXIT + SVM_EXIT_CPUID, _NO_EXCEPTION, _UNMAPPED)] and engine.state.rip == _TEST_CPUID
+    engine.run(start)
+    layout &= engine.state.rip == start + len(_INT3)
+    engine.run(engine.state.rip)
+    layout &= engine.state.rip == _TEST_CPUID
+    numbers = _BP, EXCP_VMEXIT + SVM_EXIT_CPUID
+    layout &= seen[1:] == [(number, _NO_EXCEPTION, _UNMAPPED) for number in numbers]
     if not layout or engine.state.dr[6:] != [_DR6_INIT, _DR7_INIT]:
         raise EngineError(
             f"unicorn {engine.unicorn.__version__}: its CPU state is not laid out as in {KNOWN_VERSION} "
-            f"(a page fault and a CPUID look like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
+            f"(a page fault, INT3 and CPUID look like {seen}); pip install 'unicorn=={KNOWN_VERSION}'"
         )
     if engine.state.regs[RAX] != first_number(0):
         raise EngineError(

@@ -56,8 +56,10 @@ def _pointed_to(engine: int, pattern: bytes) -> Iterator[int]:
 
 
 def _writable_memory() -> RangeSet:
-    """Where this process may read and write. Mappings that touch are one range: the heap of a process that was
-    forked off is two of them, and what is allocated lies across their border at times.
+    """Where this process may read and write.
+
+    Mappings that touch are one range: the heap of a process that was forked off is two of them, and what is allocated
+    lies across their border at times.
     """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()

@@ -19,6 +19,8 @@ _MCR_LOOP = 1 << 4
 _CMOS_INDEX, _CMOS_DATA = 0x70, 0x71
 _TIMER = range(0x40, 0x44)
 """Its counters read 0. All ones would be a counter at its start, which a kernel reads 100,000 times to see it move."""
+_DATE = {0x00: 0x00, 0x02: 0x00, 0x04: 0x12, 0x06: 0x05, 0x07: 0x30, 0x08: 0x03, 0x09: 0x23, 0x32: 0x20}
+"""2023-03-30 12:00:00 by register of the clock, binary coded decimal."""
 
 
 class Uart:
@@ -85,21 +87,21 @@ class Uart:
 class Cmos:
     """A real-time clock that stands still at a fixed date, so that runs repeat: 2023-03-30 12:00:00."""
 
-    _VALUES = {0x00: 0x00, 0x02: 0x00, 0x04: 0x12, 0x06: 0x05, 0x07: 0x30, 0x08: 0x03, 0x09: 0x23, 0x32: 0x20}
-
     def __init__(self) -> None:
         self._index = 0
-        self._registers = dict(self._VALUES) | {0x0A: 0x26, 0x0B: 0x02, 0x0C: 0x00, 0x0D: 0x80}
+        self._registers = _DATE | {0x0A: 0x26, 0x0B: 0x02, 0x0C: 0x00, 0x0D: 0x80}
 
     def select(self, index: int) -> None:
         """Choose the register that the data port shows."""
         self._index = index & 0x7F
 
     def read(self) -> int:
+        """The chosen register; one that was never written reads 0."""
         return self._registers.get(self._index, 0)
 
     def write(self, value: int) -> None:
-        if self._index not in self._VALUES:
+        """Write the chosen register; the date does not change."""
+        if self._index not in _DATE:
             self._registers[self._index] = value
 
 

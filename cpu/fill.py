@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+from bootstub.kernel_layout import START_KERNEL_MAP
 from cpu.binding import RDI, RDX, RSI
 from cpu.counter import machine_code
 from cpu.paging import walk
@@ -23,7 +24,6 @@ from guest.units import SZ_64K, SZ_64M
 MEMSET = bytes.fromhex("4989fa 400fb6ce 48b80101010101010101 480fafc1")
 """mov r10, rdi; movzx ecx, sil; mov rax, 0x0101010101010101; imul rax, rcx"""
 LARGE = SZ_64K
-START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
 _TEXT_REACH = SZ_64M
 
 # void code(uc in RDI, address in RSI, size in EDX, user_data in RCX):

@@ -21,8 +21,8 @@ from guest.gates import CallGate
 from guest.machine import Machine
 from guest.memory import AccessKind, PhysicalMemory
 from guest.ranges import RangeSet
-from guest.registers import MASK64, Registers
-from guest.units import PAGE_SIZE, SZ_64M, round_down, round_up
+from guest.registers import Registers
+from guest.units import PAGE_SIZE, SZ_64M, U64_MAX, round_down, round_up
 from tdx.instructions import Ports
 from tdx.module import TdxModule
 from tdx.ve import ExitReason, VeInfo
@@ -220,7 +220,7 @@ class Vcpu:
         self.interrupts.pass_time()
         self._machine.platform.tdcall(regs)
         for number, name in enumerate(REGISTER_ORDER):
-            values[number] = getattr(regs, name) & MASK64
+            values[number] = getattr(regs, name) & U64_MAX
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
         if not self._exits.caused(vector):

@@ -14,21 +14,20 @@ from dataclasses import dataclass
 
 from firmware.hob import Resource, ResourceType
 from guest.machine import Machine
-from guest.units import PMD_SIZE, SZ_2M, SZ_4G, SZ_16K, SZ_32M, round_up
+from guest.units import PMD_SIZE, SZ_2M, SZ_4G, SZ_16K, SZ_32M, U64_MAX, round_up
 from tdx.guest import accept_pages
 from tdx.sept import LEVEL_2M, LEVEL_4K
 
 CHUNK_SIZE = SZ_32M
 """PcdTdxAcceptMemoryChunkSize: what a processor accepts before it leaves the next piece to another one."""
 AP_STACK_SIZE = SZ_16K
-_MAX_UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptPolicy:
     """Accept what lies below ``end``, and of that no more than the first ``size`` bytes, if there is a size."""
 
-    end: int = _MAX_UINT64
+    end: int = U64_MAX
     size: int | None = None
 
 

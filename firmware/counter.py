@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MASK32 = 0xFFFF_FFFF
+from guest.units import U32_MAX
 
 
 class MonotonicCounter:
@@ -18,5 +18,5 @@ class MonotonicCounter:
 
     def next_high(self) -> int:
         """The next number of the high 32 bits; the low ones begin again."""
-        self._value = ((self._value >> 32) + 1 & _MASK32) << 32
+        self._value = ((self._value >> 32) + 1 & U32_MAX) << 32
         return self._value >> 32

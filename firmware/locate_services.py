@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from firmware.boot_services import EfiServices, Handler
 from firmware.device_path import first_instance
-from firmware.efi_types import EFI_DEVICE_PATH_PROTOCOL_GUID, EfiStatus, LocateSearchType, guid_bytes
+from firmware.efi_types import EFI_DEVICE_PATH_PROTOCOL_GUID, GUID_SIZE, EfiStatus, LocateSearchType, guid_bytes
 from firmware.events import EventType
 from firmware.protocols import Registration
 
-_GUID_SIZE = 16
 _DEVICE_PATH = guid_bytes(EFI_DEVICE_PATH_PROTOCOL_GUID)
 
 
@@ -35,7 +34,7 @@ class LocateServices:
         if 0 in (protocol, registration_at) or event is None or not event.type & EventType.EVT_NOTIFY_SIGNAL:
             return EfiStatus.EFI_INVALID_PARAMETER
         key = self._services.new_object(b"prtn")
-        self._handles.registrations[key] = Registration(self._guest.read(protocol, _GUID_SIZE), event)
+        self._handles.registrations[key] = Registration(self._guest.read(protocol, GUID_SIZE), event)
         self._guest.write_uint(registration_at, key, 8)
         return EfiStatus.EFI_SUCCESS
 
@@ -78,7 +77,7 @@ class LocateServices:
         found = self._search(search, protocol, key)
         if isinstance(found, EfiStatus):
             return EfiStatus.EFI_NOT_FOUND
-        guid = self._handles.registrations[key].guid if key else self._guest.read(protocol, _GUID_SIZE)
+        guid = self._handles.registrations[key].guid if key else self._guest.read(protocol, GUID_SIZE)
         self._seen(search, key)
         self._guest.write_uint(interface, self._handles.interfaces(found[0])[guid].address, 8)
         return EfiStatus.EFI_SUCCESS
@@ -95,7 +94,7 @@ class LocateServices:
         if path is None:
             return EfiStatus.EFI_INVALID_PARAMETER
         best: tuple[int, int] | None = None
-        for handle in self._handles.carriers(self._guest.read(protocol, _GUID_SIZE)):
+        for handle in self._handles.carriers(self._guest.read(protocol, GUID_SIZE)):
             interface = self._handles.find(handle, _DEVICE_PATH)
             own = first_instance(self._guest.read, interface.address) if interface is not None else None
             if own is not None and path.startswith(own) and (best is None or len(own) > best[0]):
@@ -115,7 +114,7 @@ class LocateServices:
         elif search == LocateSearchType.ByRegisterNotify and key in self._handles.registrations:
             found = self._handles.registrations[key].fresh[:1]
         elif search == LocateSearchType.ByProtocol and protocol:
-            found = self._handles.carriers(self._guest.read(protocol, _GUID_SIZE))
+            found = self._handles.carriers(self._guest.read(protocol, GUID_SIZE))
         else:
             return EfiStatus.EFI_INVALID_PARAMETER
         return found or EfiStatus.EFI_NOT_FOUND

@@ -7,11 +7,10 @@ from uuid import UUID
 
 from firmware.boot_services import EfiServices, Handler
 from firmware.device_path import first_instance
-from firmware.efi_types import EFI_DEVICE_PATH_PROTOCOL_GUID, EfiMemoryType, EfiStatus, guid_bytes
+from firmware.efi_types import EFI_DEVICE_PATH_PROTOCOL_GUID, GUID_SIZE, EfiMemoryType, EfiStatus, guid_bytes
 from firmware.protocols import OpenAttribute
 
 _EFI_NATIVE_INTERFACE = 0
-_GUID_SIZE = 16
 _DEVICE_PATH = guid_bytes(EFI_DEVICE_PATH_PROTOCOL_GUID)
 _OPEN_INFORMATION_ENTRY = struct.Struct("<QQII")
 """EFI_OPEN_PROTOCOL_INFORMATION_ENTRY: AgentHandle, ControllerHandle, Attributes, OpenCount."""
@@ -57,7 +56,7 @@ class ProtocolServices:
         """InstallProtocolInterface(): on ``*handle_at``, or on a new handle if that is null."""
         if 0 in (handle_at, protocol) or interface_type != _EFI_NATIVE_INTERFACE:
             return EfiStatus.EFI_INVALID_PARAMETER
-        handle, guid = self._guest.read_uint(handle_at, 8), self._guest.read(protocol, _GUID_SIZE)
+        handle, guid = self._guest.read_uint(handle_at, 8), self._guest.read(protocol, GUID_SIZE)
         if handle and (handle not in self._handles or self._handles.find(handle, guid) is not None):
             return EfiStatus.EFI_INVALID_PARAMETER
         if handle == 0:
@@ -77,7 +76,7 @@ class ProtocolServices:
         """UninstallProtocolInterface(): EFI_ACCESS_DENIED while somebody needs it."""
         if protocol == 0 or handle not in self._handles:
             return EfiStatus.EFI_INVALID_PARAMETER
-        guid = self._guest.read(protocol, _GUID_SIZE)
+        guid = self._guest.read(protocol, GUID_SIZE)
         found = self._handles.find(handle, guid)
         if found is None or found.address != interface:
             return EfiStatus.EFI_NOT_FOUND
@@ -128,7 +127,7 @@ class ProtocolServices:
             return EfiStatus.EFI_INVALID_PARAMETER
         if not self._may_open(handle, agent, controller, attributes):
             return EfiStatus.EFI_INVALID_PARAMETER
-        found = self._handles.find(handle, self._guest.read(protocol, _GUID_SIZE))
+        found = self._handles.find(handle, self._guest.read(protocol, GUID_SIZE))
         if found is None:
             return EfiStatus.EFI_UNSUPPORTED
         status = found.open(agent, controller, attributes)
@@ -142,7 +141,7 @@ class ProtocolServices:
             return EfiStatus.EFI_INVALID_PARAMETER
         if controller and controller not in self._handles:
             return EfiStatus.EFI_INVALID_PARAMETER
-        found = self._handles.find(handle, self._guest.read(protocol, _GUID_SIZE))
+        found = self._handles.find(handle, self._guest.read(protocol, GUID_SIZE))
         done = found is not None and found.close(agent, controller)
         return EfiStatus.EFI_SUCCESS if done else EfiStatus.EFI_NOT_FOUND
 
@@ -150,7 +149,7 @@ class ProtocolServices:
         """OpenProtocolInformation(): who has opened it, in a pool buffer."""
         if 0 in (protocol, entries_at, count_at):
             return EfiStatus.EFI_INVALID_PARAMETER
-        found = self._handles.find(handle, self._guest.read(protocol, _GUID_SIZE))
+        found = self._handles.find(handle, self._guest.read(protocol, GUID_SIZE))
         if found is None:
             return EfiStatus.EFI_NOT_FOUND
         rows = [(entry.agent, entry.controller, entry.attributes, entry.count) for entry in found.opened]
@@ -164,12 +163,12 @@ class ProtocolServices:
         if 0 in (protocols_at, count_at) or handle not in self._handles:
             return EfiStatus.EFI_INVALID_PARAMETER
         guids = list(self._handles.interfaces(handle))
-        size = (8 + _GUID_SIZE) * len(guids)
+        size = (8 + GUID_SIZE) * len(guids)
         buffer = self._services.allocate_pool(EfiMemoryType.EfiBootServicesData, size)
         if buffer is None:
             return EfiStatus.EFI_OUT_OF_RESOURCES
         first = buffer + 8 * len(guids)
-        pointers = (first + _GUID_SIZE * number for number in range(len(guids)))
+        pointers = (first + GUID_SIZE * number for number in range(len(guids)))
         self._guest.write(buffer, b"".join(at.to_bytes(8, "little") for at in pointers) + b"".join(guids))
         self._guest.write_uint(protocols_at, buffer, 8)
         self._guest.write_uint(count_at, len(guids), 8)
@@ -186,7 +185,7 @@ class ProtocolServices:
         return EfiStatus.EFI_SUCCESS if known else EfiStatus.EFI_INVALID_PARAMETER
 
     def _install(self, handle: int, protocol: int, interface: int) -> None:
-        guid = UUID(bytes_le=self._guest.read(protocol, _GUID_SIZE))
+        guid = UUID(bytes_le=self._guest.read(protocol, GUID_SIZE))
         self._services.install_protocol(handle, guid, interface)
 
     def _may_open(self, handle: int, agent: int, controller: int, attributes: int) -> bool:
@@ -202,7 +201,7 @@ class ProtocolServices:
 
     def _is_known_path(self, protocol: int, interface: int) -> bool:
         """Whether this is a device path that a handle has already."""
-        if self._guest.read(protocol, _GUID_SIZE) != _DEVICE_PATH:
+        if self._guest.read(protocol, GUID_SIZE) != _DEVICE_PATH:
             return False
         path = first_instance(self._guest.read, interface)
         if path is None:

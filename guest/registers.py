@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-MASK64 = (1 << 64) - 1
-
 
 @dataclass(slots=True)
 class Registers:

@@ -1,6 +1,6 @@
 """Sizes and page arithmetic. No other file spells such numbers out.
 
-Names as in the kernel: include/linux/sizes.h, include/linux/pfn.h, arch/x86/include/asm/page_types.h.
+Names as in the kernel: include/linux/sizes.h, limits.h and pfn.h, arch/x86/include/asm/page_types.h.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SZ_2G = 1 << 31
 SZ_4G = 1 << 32
 
 BITS_PER_BYTE = 8
+U32_MAX = (1 << 32) - 1
+U64_MAX = (1 << 64) - 1
 
 PHYSICAL_ADDRESS_BITS = 52
 PHYSICAL_ADDRESS_END = 1 << PHYSICAL_ADDRESS_BITS
@@ -68,7 +70,6 @@ def DIV_ROUND_UP(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-_U64_MAX = (1 << 64) - 1
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*")
 
 
@@ -81,7 +82,7 @@ def memparse(text: str) -> tuple[int, str]:
     """
     number, rest = simple_strtoull(text)
     at = "kmgtpe".find(rest[:1].lower()) if rest and rest != text else -1
-    return (number << 10 * (at + 1)) & _U64_MAX, rest[1:] if at >= 0 else rest
+    return (number << 10 * (at + 1)) & U64_MAX, rest[1:] if at >= 0 else rest
 
 
 def simple_strtoull(text: str) -> tuple[int, str]:
@@ -93,7 +94,7 @@ def simple_strtoull(text: str) -> tuple[int, str]:
     base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10
     number = 0
     for digit in digits[2:] if base == 16 else digits:  # int() refuses a decimal number of thousands of digits
-        number = (number * base + int(digit, base)) & _U64_MAX
+        number = (number * base + int(digit, base)) & U64_MAX
     return number, text[match.end() :]
 
 

@@ -19,11 +19,10 @@ from kernel.migratetype import (
     Pageblocks,
 )
 from kernel.mm_rules import MmRules
-from kernel.mmzone import Zone
+from kernel.mmzone import Zone, ZoneType
 from kernel.per_cpu_pages import PerCpuPages, TunedPages
 from kernel.zone_watermark import wmark_pages, zone_watermark_ok
 
-ZONE_MOVABLE = 3
 ORDER_BITS, TYPE_BITS = 4, 4
 
 
@@ -72,7 +71,7 @@ class ZoneBuddy:
     def check_below_high(self) -> None:
         """The high watermark is met again?"""
         high = wmark_pages(self.zone, ALLOC_WMARK_HIGH)
-        if self.below_high and zone_watermark_ok(self.zone, self.rules, 0, high, ZONE_MOVABLE):
+        if self.below_high and zone_watermark_ok(self.zone, self.rules, 0, high, ZoneType.ZONE_MOVABLE):
             self.below_high = False
 
     # Free pages.

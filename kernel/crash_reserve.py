@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from guest.units import SZ_1G, SZ_1M, SZ_4G, SZ_8M, SZ_16M, SZ_64M, SZ_128M, SZ_256M, memparse, round_up
+from guest.units import SZ_1G, SZ_1M, SZ_4G, SZ_8M, SZ_16M, SZ_64M, SZ_128M, SZ_256M, U64_MAX, memparse, round_up
 from kernel.kernel import Kernel
 
 CRASH_ALIGN = SZ_16M
 CRASH_ADDR_LOW_MAX, CRASH_ADDR_HIGH_MAX = SZ_4G, SZ_1G << 16
-_U64_MAX = (1 << 64) - 1
 _SUFFIXES = (",high", ",low")
 
 
@@ -65,7 +64,7 @@ def _parse_ranges(value: str, system_ram: int) -> CrashKernel | None:
         wrong = left or not low or not dash or not colon or left_end or size_text == left_size or left_size
         if wrong or (high and end <= start) or size >= total:
             return None
-        if start <= total < (end if high else _U64_MAX):
+        if start <= total < (end if high else U64_MAX):
             return CrashKernel(size, memparse(offset)[0] if at else 0)
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of
+from bootstub.cmdline import COMMAND_LINE_SIZE
 from bootstub.e820_types import E820_TYPE_RAM
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.bitmap import GuestBitmap
@@ -24,7 +25,6 @@ from kernel.unaccepted_memory import UnacceptedMemory
 from kernel.version import V6_3, V6_12, KernelVersion
 from tdx.guest import PlatformAccept, tdx_guest_detected
 
-COMMAND_LINE_SIZE = 2048
 NOWHERE = Range(0, 0)
 PGT_BUF_PAGES = 16
 """Pages of brk for early page tables (arch/x86/mm/init.c, INIT_PGT_BUF_SIZE with CONFIG_RANDOMIZE_MEMORY)."""

@@ -25,13 +25,10 @@ class LazyAccept:
 
     def __init__(self, unaccepted: UnacceptedMemory, rules: MmRules, *, lazy: bool) -> None:
         self.unaccepted, self._rules, self.lazy = unaccepted, rules, lazy
-        self.zones_with_unaccepted_pages = 0
-        """v9's static key: without such zones nobody looks at their lists."""
 
     def free_unaccepted(self, buddy: ZoneBuddy, start_pfn: int, end_pfn: int) -> None:
         """Put blocks at the tail of the zone's list (``__free_unaccepted``); they count as free pages."""
         zone = buddy.zone
-        self.zones_with_unaccepted_pages += not zone.unaccepted_pages
         zone.unaccepted_pages.append_run(start_pfn, end_pfn)
         zone.nr_free_pages += end_pfn - start_pfn
         zone.nr_unaccepted += end_pfn - start_pfn
@@ -49,7 +46,6 @@ class LazyAccept:
         pfn = zone.unaccepted_pages.pop()
         zone.nr_free_pages -= MAX_ORDER_NR_PAGES
         zone.nr_unaccepted -= MAX_ORDER_NR_PAGES
-        self.zones_with_unaccepted_pages -= not zone.unaccepted_pages
         self.accept_blocks(pfn, pfn + MAX_ORDER_NR_PAGES)
         buddy.free_to_lists(pfn, MAX_ORDER, to_tail=True)
         buddy.fresh += MAX_ORDER_NR_PAGES

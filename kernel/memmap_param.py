@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bootstub.e820_types import E820_TYPE_ACPI, E820_TYPE_PRAM, E820_TYPE_RAM, E820_TYPE_RESERVED
-from guest.units import memparse
+from guest.units import U64_MAX, memparse
 from kernel.e820 import E820Table, remove_line, update_line
 
-_U64_MAX = (1 << 64) - 1
 _ADDED = {"@": E820_TYPE_RAM, "#": E820_TYPE_ACPI, "$": E820_TYPE_RESERVED, "!": E820_TYPE_PRAM}
 
 
@@ -47,7 +46,7 @@ class MapEdit:
 
 def above(limit: int) -> MapEdit:
     """RAM from ``limit`` on goes."""
-    return MapEdit(limit, _U64_MAX - limit, old=E820_TYPE_RAM)
+    return MapEdit(limit, U64_MAX - limit, old=E820_TYPE_RAM)
 
 
 def parse_mem(value: str | None) -> MapEdit | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bootstub.cmdline import COMMAND_LINE_SIZE
 from bootstub.e820_types import E820_TYPE_RAM, E820_TYPE_RESERVED_KERN
 from guest.units import (
     DIV_ROUND_UP,
@@ -26,7 +27,7 @@ from kernel.e820_setup import e820_setup_pci_gap
 from kernel.efi import efi_free_boot_services
 from kernel.events import STRUCT_PAGE_SIZE
 from kernel.hugetlb import parse_hugetlb
-from kernel.kernel import COMMAND_LINE_SIZE, Kernel
+from kernel.kernel import Kernel
 from kernel.madt import Madt, parse_madt
 from kernel.memblock import SMP_CACHE_BYTES
 from kernel.mm_core_init import mem_init, new_page_allocator, page_alloc_init_late, print_zonelists

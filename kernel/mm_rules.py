@@ -59,5 +59,3 @@ MAINLINE_MM = MmRules(
     prints_memory_late=True,
     is_6_12=True,
 )
-MM_RULES = {rules.name: rules for rules in (V9_MM, MAINLINE_MM)}
-"""By name of the protocol."""

@@ -43,7 +43,7 @@ class ZoneType(IntEnum):
     ZONE_MOVABLE = 3
 
 
-ZONE_NAMES = ("DMA", "DMA32", "Normal", "Movable")
+ZONE_NAMES = ("DMA", "DMA32", "Normal", "Movable", "Device")
 
 
 @dataclass(slots=True)
@@ -239,7 +239,7 @@ def zone_ranges_lines(
 ) -> list[str]:
     """dmesg: ``Zone ranges:`` and what follows, up to where zone Movable starts (``free_area_init``)."""
     spans = [*zone_pfn_ranges(memory, max_pfn), Range(max_pfn, max_pfn)]
-    names = (*ZONE_NAMES[: ZoneType.ZONE_MOVABLE], "Device")
+    names = (name for kind, name in enumerate(ZONE_NAMES) if kind != ZoneType.ZONE_MOVABLE)
     lines = [f"  {name:<8} {_mem_text(*span)}" for name, span in zip(names, spans, strict=True)]
     starts = [f"  Node {nid}: {PFN_PHYS(pfn):#018x}" for nid, pfn in sorted((movable_pfn or {}).items())]
     return ["Zone ranges:", *lines, "Movable zone start for each node", *starts]

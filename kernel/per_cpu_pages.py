@@ -1,5 +1,7 @@
-"""Per-CPU lists of free pages of a zone (``struct per_cpu_pages``, mm/page_alloc.c): 6.3's, and 6.12's that tune
-themselves. Counts are pages."""
+"""Per-CPU lists of free pages of a zone (``struct per_cpu_pages``, mm/page_alloc.c); counts are pages.
+
+6.3's are here, and 6.12's, which tune themselves.
+"""
 
 from __future__ import annotations
 

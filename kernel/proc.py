@@ -19,13 +19,10 @@ from kernel.migratetype import (
     PAGEBLOCK_NR_PAGES,
     PAGEBLOCK_ORDER,
 )
-from kernel.mmzone import Zone, totalreserve_pages
+from kernel.mmzone import ZONE_NAMES, Zone, ZoneType, totalreserve_pages
 from kernel.page_alloc import PageAllocator
-from kernel.watermark import KBYTES_SHIFT
+from kernel.watermark import KBYTES_SHIFT, SWAP_CLUSTER_MAX
 
-ZONE_NAMES = ("DMA", "DMA32", "Normal", "Movable", "Device")
-_ZONE_MOVABLE = 3
-_SWAP_CLUSTER_MAX = 32
 _MOST_SHOWN = 100_000
 
 
@@ -226,8 +223,8 @@ def _zoneinfo_of_node(allocator: PageAllocator, node: int) -> Iterator[str]:
 def _zone_numbers(allocator: PageAllocator, zone: Zone | None, kind: int) -> Iterator[str]:
     """Free pages, watermarks and sizes. An empty zone Movable has watermarks all the same, once there are any."""
     least = 0
-    if kind == _ZONE_MOVABLE and any(other.watermark.promo for other in allocator.zones):
-        least = _SWAP_CLUSTER_MAX
+    if kind == ZoneType.ZONE_MOVABLE and any(other.watermark.promo for other in allocator.zones):
+        least = SWAP_CLUSTER_MAX
     boost = 0 if zone is None else zone.watermark_boost
     yield f"  pages free     {0 if zone is None else zone.nr_free_pages}"
     yield f"        boost    {boost}"

@@ -137,7 +137,7 @@ class Shell:
         if node is not None and node not in nodes:
             raise FormatError(
                 f"node {node}", found="no such node", expected=f"one of {', '.join(map(str, nodes))}",
-                source="boot --script help",
+                source="unaccepted boot --script help",
             )  # fmt: skip
 
     def _free(self, command: Command) -> None:
@@ -200,7 +200,7 @@ class Shell:
         if missing:
             raise FormatError(
                 f"on cpu {missing[0]}", found="no such CPU online",
-                expected=f"some of {cpu_list(self.cpus.online).strip()}", source="boot --script help",
+                expected=f"some of {cpu_list(self.cpus.online).strip()}", source="unaccepted boot --script help",
             )  # fmt: skip
         cpus = [online[number] for number in command.cpus]
         self.cpus.run((cpu, job) for cpu in cpus)

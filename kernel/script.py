@@ -121,7 +121,9 @@ class ScriptSyntax:
         command = read(words[1:]) if read is not None else None
         if command is None:
             expected = f"{', '.join(self._verbs)} with their operands" if read is None else f"operands of {words[0]}"
-            raise FormatError(where, found=repr(line.strip()[:80]), expected=expected, source="boot --script help")
+            raise FormatError(
+                where, found=repr(line.strip()[:80]), expected=expected, source="unaccepted boot --script help"
+            )
         return command
 
     def _alloc(self, words: list[str]) -> Command | None:

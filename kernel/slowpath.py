@@ -1,5 +1,6 @@
-"""What an allocation does when the first look at the free lists gave nothing (mm/page_alloc.c,
-``__alloc_pages_slowpath``): kswapd, direct reclaim, the OOM killer. There is no compaction.
+"""What an allocation does when the first look at the free lists gave nothing: kswapd, direct reclaim, the OOM killer.
+
+There is no compaction. Source: mm/page_alloc.c, ``__alloc_pages_slowpath``.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _direct_reclaim(
         return 0, None
     pfn = allocator.get_page_from_freelist(ac, order, cpu, alloc_flags)
     if pfn is None:
-        _unreserve(allocator, ac, force=False)
+        _unreserve(ac, force=False)
         allocator.drain_all_pages()
         pfn = allocator.get_page_from_freelist(ac, order, cpu, alloc_flags)
     return progress, pfn
@@ -119,10 +120,10 @@ def _should_reclaim_retry(
             mark = zone.watermark.min + zone.watermark_boost
             if zone_watermark_ok(zone, allocator.rules, order, mark, ac.highest_zoneidx, alloc_flags, reclaimable):
                 return True
-    return _unreserve(allocator, ac, force=True)
+    return _unreserve(ac, force=True)
 
 
-def _unreserve(allocator: PageAllocator, ac: AllocContext, *, force: bool) -> bool:
+def _unreserve(ac: AllocContext, *, force: bool) -> bool:
     return any(buddy.unreserve_highatomic_pageblock(ac.migratetype, force=force) for buddy in ac.zonelist)
 
 

@@ -12,9 +12,9 @@ from math import log
 from random import Random
 
 from guest.ranges import RangeSet
-from guest.registers import MASK64, Registers
+from guest.registers import Registers
 from guest.trace import Trace
-from guest.units import PAGE_SIZE, round_down
+from guest.units import PAGE_SIZE, U64_MAX, round_down
 from tdx.events import FaultInjected
 from tdx.faults import KINDS, Place, Rule
 from tdx.leaves import SubFunction, VmCallStatus
@@ -191,7 +191,7 @@ class Injector:
                 status = answer(regs)
                 random = Random(self._vmcalls ^ rule.seed)
                 for name in _RESULTS:
-                    setattr(regs, name, random.getrandbits(64) & MASK64)
+                    setattr(regs, name, random.getrandbits(64) & U64_MAX)
                 return status
         answer(regs)
         return rule.argument

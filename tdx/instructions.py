@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from guest.registers import Registers
+from guest.units import U32_MAX
 from tdx.cpuid import host_cpuid
 from tdx.leaves import SubFunction, VmCallStatus
 from tdx.msr import NATIVE_READS, NATIVE_WRITES, msr_is_native
 
-_MASK32 = (1 << 32) - 1
 _PORTS = 1 << 16
 _KEPT_MSRS = {
     0x3A: 1,  # FEAT_CTL: locked
@@ -103,7 +103,7 @@ class Instructions:
         return None
 
     def _cpuid(self, regs: Registers) -> VmCallStatus:
-        leaf = host_cpuid(regs.r12 & _MASK32)
+        leaf = host_cpuid(regs.r12 & U32_MAX)
         regs.r12, regs.r13, regs.r14, regs.r15 = leaf
         return VmCallStatus.SUCCESS
 

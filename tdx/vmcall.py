@@ -12,8 +12,8 @@ from typing import Protocol
 
 from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
-from guest.registers import MASK64, Registers
-from guest.units import PAGE_SIZE, SZ_2M
+from guest.registers import Registers
+from guest.units import PAGE_SIZE, SZ_2M, U64_MAX
 from tdx.instructions import Instructions
 from tdx.leaves import SubFunction, VmCallStatus
 from tdx.sept import SecureEpt
@@ -72,7 +72,7 @@ def sub_function_name(regs: Registers) -> str:
 def answer(host: VmCallHost, regs: Registers) -> int:
     """Do what the guest asks for, with results in ``regs``; returns R10."""
     if regs.r10:
-        return 0 if regs.r10 == KVM_HC_VAPIC_POLL_IRQ else -KVM_ENOSYS & MASK64
+        return 0 if regs.r10 == KVM_HC_VAPIC_POLL_IRQ else -KVM_ENOSYS & U64_MAX
     match regs.r11:
         case SubFunction.MapGPA:
             status, regs.r11 = _map_gpa(host, regs.r12, regs.r13)

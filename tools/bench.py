@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from bootstub.protocol import PROTOCOLS, Protocol
 from bootstub.sample_kernel import sample_bzimage
@@ -62,11 +63,20 @@ def fragments(count: int) -> str:
     return json.dumps(rows)
 
 
-def measure(options: list[str]) -> tuple[float, float, float, float]:
+class Measured(NamedTuple):
     """Milliseconds of ``unaccepted boot`` as a whole process, and of the boot in it; MiB of memory at its peak.
 
-    The last value is seconds of processor time of the process, which other processes do not lengthen.
+    ``cpu_seconds`` is the processor time of the process, which other processes do not lengthen.
     """
+
+    whole_ms: float
+    boot_ms: float
+    peak_mib: float
+    cpu_seconds: float
+
+
+def measure(options: list[str]) -> Measured:
+    """Boot once with ``options``, in a process of its own."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "tools.boot", "--timing", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -77,7 +87,7 @@ def measure(options: list[str]) -> tuple[float, float, float, float]:
     whole = (time.perf_counter() - start) * 1000
     match = re.search(r"^boot: ([0-9.]+) ms", output, re.MULTILINE)
     assert process.returncode == 0 and match is not None, "boot --timing comes through and prints its time"
-    return whole, float(match[1]), usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
+    return Measured(whole, float(match[1]), usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
 
 
 def accepts_per_second(ahead: bool, count: int = 1 << 17) -> tuple[float, float]:
@@ -105,11 +115,11 @@ def bench_accepts(runs: int) -> None:
     print_table(["TDG.MEM.PAGE.ACCEPT of 2 MiB", "per second", "with the trace's events"], rows)
 
 
-def print_limits(results: dict[str, list[tuple[float, float, float, float]]]) -> None:
+def print_limits(results: dict[str, list[Measured]]) -> None:
     """Print how far the worst cases stay below their limits."""
     rows = []
     for name in WORST_CASES:
-        seconds, peak = min(row[3] for row in results[name]), max(row[2] for row in results[name])
+        seconds, peak = min(m.cpu_seconds for m in results[name]), max(m.peak_mib for m in results[name])
         verdict = "kept" if seconds <= MAX_SECONDS and peak <= MAX_MIB else "EXCEEDED"
         rows.append([name, f"{seconds:.2f} s", f"{peak:.0f} MiB", verdict])
     print_table(["worst case", "processor time", "peak memory", f"limits of {MAX_SECONDS} s and {MAX_MIB} MiB"], rows)
@@ -150,7 +160,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each set-up, after one that is not")
     runs = parser.parse_args().runs
-    results: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in SETUPS}
+    results = measure_all(runs)
+    print_boots(results)
+    print()
+    print_limits(results)
+    print()
+    bench_accepts(runs)  # last: a process that it made large would begin its children large
+    print()
+    bench_pages(runs)
+
+
+def measure_all(runs: int) -> dict[str, list[Measured]]:
+    """Every set-up ``runs`` times, in turn; a first run of each is not counted."""
+    results: dict[str, list[Measured]] = {name: [] for name in SETUPS}
     with tempfile.TemporaryDirectory() as directory:
         many = Path(directory) / "map.json"
         many.write_text(fragments(_MANY))
@@ -159,27 +181,20 @@ def main() -> None:
                 result = measure([str(many) if option == _FRAGMENTS else option for option in options])
                 if number:
                     results[name].append(result)
+    return results
+
+
+def print_boots(results: dict[str, list[Measured]]) -> None:
+    """Times and memory of each set-up, and its ratio to the first."""
     first = next(iter(SETUPS))
-    base = median(boot for _, boot, _, _ in results[first])
+    base = median(m.boot_ms for m in results[first])
     rows = []
     for name, measured in results.items():
         wholes, boots, peaks, _ = zip(*measured, strict=True)
-        row = [name, *(f"{value:.0f} ms" for value in (min(wholes), median(wholes)))]
-        row += [
-            f"{min(boots):.1f} ms",
-            f"{median(boots):.1f} ms",
-            f"{median(boots) / base:.2f}",
-            f"{max(peaks):.0f} MiB",
-        ]
-        rows.append(row)
+        times = [f"{min(wholes):.0f} ms", f"{median(wholes):.0f} ms", f"{min(boots):.1f} ms", f"{median(boots):.1f} ms"]
+        rows.append([name, *times, f"{median(boots) / base:.2f}", f"{max(peaks):.0f} MiB"])
     headers = ["boot of", "process, min", "median", "boot alone, min", "median", f"ratio to {first}", "peak memory"]
     print_table(headers, rows)
-    print()
-    print_limits(results)
-    print()
-    bench_accepts(runs)  # last: a process that it made large would begin its children large
-    print()
-    bench_pages(runs)
 
 
 if __name__ == "__main__":

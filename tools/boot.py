@@ -35,6 +35,8 @@ from tools.until import add_until_option, resolve_until
 from tools.verdict import bitmap, verdict_lines
 
 _SAVED = "write boot_params.bin, bitmap.bin, e820.txt, trace.jsonl, facts.json, journal.jsonl (who wrote what)"
+_End = BootError | KeyboardInterrupt | None
+"""What ended a boot before its end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +65,13 @@ def run(args: argparse.Namespace) -> int:
     save = _directory(args.save) if args.save else None
     if save is not None:
         boot.keep_journal()
-    start = time.perf_counter()
-    end: BootError | KeyboardInterrupt | None = None
-    try:
-        with _watched(boot, print_log=not args.json), interruptible(boot):
-            boot.run(stage)
-    except (BootError, KeyboardInterrupt) as error:
-        end = error
-    elapsed = time.perf_counter() - start
+    end, seconds = _run(boot, stage, print_log=not args.json)
     _print_outcome(boot, end, args)
     if isinstance(end, BootError):
         for line in postmortem(boot, end, args.system_map):
             print(line, file=sys.stderr)
     if args.timing:
-        print(f"boot: {elapsed * 1000:.1f} ms on this machine", file=sys.stderr if args.json else sys.stdout)
+        print(f"boot: {seconds * 1000:.1f} ms on this machine", file=sys.stderr if args.json else sys.stdout)
     if save is not None:
         _save(boot, save, _end_text(end))
     if args.plot is not None:
@@ -88,7 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_outcome(boot: Boot, end: BootError | KeyboardInterrupt | None, args: argparse.Namespace) -> None:
+def _run(boot: Boot, stage: str | None, *, print_log: bool) -> tuple[_End, float]:
+    """Run up to ``stage``; returns what ended the boot before, and how many seconds it took on this machine."""
+    start = time.perf_counter()
+    end: _End = None
+    try:
+        with _watched(boot, print_log=print_log), interruptible(boot):
+            boot.run(stage)
+    except (BootError, KeyboardInterrupt) as error:
+        end = error
+    return end, time.perf_counter() - start
+
+
+def _print_outcome(boot: Boot, end: _End, args: argparse.Namespace) -> None:
     """What the boot came to, as tables or as JSON."""
     measured = _measurements(boot, args.measure)
     if args.json:
@@ -143,7 +150,7 @@ def _measurements(boot: Boot, wanted: bool) -> dict[str, str]:
     return {"MRTD": measurement.mrtd.hex()} | rtmrs
 
 
-def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, Any]:
+def _json(boot: Boot, end: _End) -> dict[str, Any]:
     return {
         "schema": 1,
         "stages": summary_json(summarize(boot.trace.records)),
@@ -155,7 +162,7 @@ def _json(boot: Boot, end: BootError | KeyboardInterrupt | None) -> dict[str, An
     }
 
 
-def _end_text(end: BootError | KeyboardInterrupt | None) -> str | None:
+def _end_text(end: _End) -> str | None:
     """What ended the boot before its end."""
     return "interrupted" if isinstance(end, KeyboardInterrupt) else str(end) if end is not None else None
 

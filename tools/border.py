@@ -1,5 +1,4 @@
-"""The sanitizer's rules for stage borders: the guest's record of unaccepted memory is true whenever a stage is done,
-and what it hands over can be read.
+"""The sanitizer's rules for stage borders: the record of unaccepted memory is true, what is handed over can be read.
 
 The bitmap is compared with what the guest ever accepted, not with Secure EPT as it is now: a page that the host took
 away is the host's doing. Memory that is no RAM in the kernel's e820 table is lost, and no bit has to say so; what the

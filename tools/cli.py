@@ -1,7 +1,6 @@
 """The command ``unaccepted VERB``: finds the verb's module, runs it, and turns errors into one line.
 
-Exit status: 0 done; 1 input refused, or the guest did not come through; 2 wrong usage;
-130 interrupted by Ctrl-C.
+Its exit status stands in the help (``_STATUS``).
 """
 
 from __future__ import annotations
@@ -28,12 +27,16 @@ VERBS = {
     "judge": "run our stub and a real one on random memory maps; do they do the same?",
 }
 """Every verb has a module of its own in tools/, with ``add_arguments(parser)`` and ``run(args)``."""
+_STATUS = (
+    "Exit status: 0 done; 1 input refused, the guest did not come through, or what was compared differs; "
+    "2 wrong usage; 130 interrupted by Ctrl-C."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="unaccepted", description="The boot of a TD, byte by byte.")
+    parser = argparse.ArgumentParser(prog="unaccepted", description="The boot of a TD, byte by byte.", epilog=_STATUS)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():

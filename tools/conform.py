@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import struct
 import zlib
 from collections import Counter
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from guest.errors import BootError, FormatError
+from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
 from tools.conformance.left_out import LeftOut
 from tools.files import read_file
@@ -61,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs = ", ".join(name for name, image in FAMILIES.items() if image)
     parser.add_argument("--kernel", metavar="FILE", help=f"the kernel image that was recorded, for {runs}")
     parser.add_argument("--ours", action="store_true", help="run our stages on the image, not its own code")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N cases of a file")
-    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
-    parser.add_argument("--differences", metavar="N", type=int, default=5, help="cases to show in full (default 5)")
+    parser.add_argument("--limit", metavar="N", type=number_from(1), help="only the first N cases of a file")
+    add_jobs_option(parser)
+    parser.add_argument(
+        "--differences", metavar="N", type=number_from(0), default=5, help="cases to show in full (default 5)"
+    )
     parser.add_argument(
         "--record", metavar="OUT", help="write down runs of --kernel on the set-ups of --maps, as JSON lines"
     )
@@ -76,8 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run all files; 1 if any case differs."""
-    if args.jobs < 1 or (args.limit is not None and args.limit < 1):
-        args.usage_error("--jobs and --limit take numbers from 1 on")
     if (args.record is None) != (args.maps is None) or (args.record is None) != bool(args.files):
         args.usage_error("give either FILE..., or --record and --maps")
     if args.record is not None:

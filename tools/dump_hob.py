@@ -64,6 +64,7 @@ def read(source: str) -> HobList:
 
 
 def hob_list(read: Callable[[int, int], bytes], gpa: int) -> HobList:
+    """The list at ``gpa``, by ``read(address, size)``; its ``data`` goes from there to the end HOB."""
     hobs = tuple(walk_hobs(read, gpa))
     return HobList(gpa, read(gpa, hobs[-1].at + hobs[-1].length - gpa), hobs)
 

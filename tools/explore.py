@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from guest.units import SZ_4G
 from tdx.events import TdCall, TdVmCall
 from tdx.faults import KINDS, Place
 from tdx.leaves import Leaf, SubFunction
+from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.explained import EXPLAINED, explain
@@ -36,14 +36,16 @@ from tools.trial import OUTCOMES, Stages, Trial, contents, try_fault
 
 _ACCEPT = Leaf.TDG_MEM_PAGE_ACCEPT.spec_name
 _SOURCE = "unaccepted explore --help"
+_ALL = 1 << 32
+"""More pairs than there are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_options(parser)
     parser.add_argument("--every", action="store_true", help="every accept of a run, not four of it")
-    parser.add_argument("--limit", metavar="N", help="run at most N pairs")
-    parser.add_argument("--jobs", metavar="N", help="processes (default: one for each processor)")
+    parser.add_argument("--limit", metavar="N", type=number_from(1), default=_ALL, help="run at most N pairs")
+    add_jobs_option(parser)
     parser.add_argument("--resume", metavar="FILE", help="keep finished pairs in FILE, and leave out those in it")
     parser.add_argument("--json", metavar="FILE", help="write all results as JSON")
 
@@ -53,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     config = boot_config(args)
     if config.faults:
         raise FormatError("--fault", found="with explore", expected="none: explore has its own", source=_SOURCE)
-    limit = _number("--limit", args.limit, 1 << 32)
-    jobs = _number("--jobs", args.jobs, os.cpu_count() or 1)
     with ExitStack() as stack:
         journal = Journal(Path(args.resume), config, stack) if args.resume is not None else None
-        trials = explore(config, every=args.every, limit=limit, jobs=jobs, journal=journal, progress=_progress(stack))
+        trials = explore(
+            config, every=args.every, limit=args.limit, jobs=args.jobs, journal=journal, progress=_progress(stack)
+        )
     if args.json is not None:
         Path(args.json).write_text(json.dumps(report(trials), indent=2) + "\n")
     print_trials(trials)
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def explore(
-    config: BootConfig, *, stages: Stages | None = None, every: bool = False, limit: int = 1 << 32, jobs: int = 1,
+    config: BootConfig, *, stages: Stages | None = None, every: bool = False, limit: int = _ALL, jobs: int = 1,
     journal: Journal | None = None, progress: Callable[[int], Callable[[], None]] | None = None,
 ) -> list[Trial]:  # fmt: skip
     """The trials of all pairs, the plain boot first. ``stages`` take the place of the boot's own stages.
@@ -145,14 +147,6 @@ def report(trials: list[Trial]) -> dict[str, Any]:
         "explained": [{"fault": e.kind, "reason": e.reason, "text": e.text, "source": e.source} for e in EXPLAINED],
         "trials": [trial.as_dict() for trial in trials],
     }
-
-
-def _number(option: str, text: str | None, default: int) -> int:
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:10]) <= 1 << 32 or len(text) > 10:
-        raise FormatError(option, found=repr(text), expected="a number from 1 on", source=_SOURCE)
-    return int(text)
 
 
 def _progress(stack: ExitStack) -> Callable[[int], Callable[[], None]] | None:

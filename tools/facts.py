@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bootstub.boot_params import BOOT_E820_ENTRY, BOOT_PARAMS, check_size, e820_table_of, parse_e820_table
+from bootstub.cmdline import COMMAND_LINE_SIZE
 from bootstub.e820_types import type_word
 from bootstub.setup_data import SetupDataType, walk_setup_data
-from bootstub.stub import COMMAND_LINE_SIZE
 from guest.errors import BootError
 from guest.ranges import TOP
 from guest.records import RecordCopy, field_extents

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE
+from bootstub.cmdline import COMMAND_LINE_SIZE
 from bootstub.setup_data import read_indirect, walk_setup_data
-from bootstub.stub import COMMAND_LINE_SIZE
 from bootstub.unaccepted_table import EFI_UNACCEPTED_MEMORY
 from firmware.efi_types import LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID, guid_bytes
 from firmware.memory_descriptor import MemoryDescriptor, unpack_map

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from guest.units import U64_MAX
+from tools.arguments import add_jobs_option, number_from
 from tools.cli import script
 from tools.files import read_file
 from tools.parallel import in_parallel
@@ -30,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full", action="store_true", help="with --decompressor: let it unpack the kernel, and compare that (slow)"
     )
-    parser.add_argument("--maps", metavar="N", type=int, default=200, help="how many set-ups (default 200)")
-    parser.add_argument("--first", metavar="N", type=int, default=0, help="number of the first set-up (default 0)")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="which set-ups (default 1)")
-    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
+    parser.add_argument("--maps", metavar="N", type=number_from(1), default=200, help="how many set-ups (default 200)")
+    parser.add_argument(
+        "--first", metavar="N", type=number_from(0), default=0, help="number of the first set-up (default 0)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=number_from(0, U64_MAX), default=1, help="which set-ups (default 1)"
+    )
+    add_jobs_option(parser)
     parser.add_argument("--save", metavar="DIR", type=Path, help="write set-ups that differ to this directory")
     add_json_option(parser)
     parser.set_defaults(usage_error=parser.error)
@@ -94,8 +99,6 @@ def _image(kernel: str) -> bytes:
 
 def run(args: argparse.Namespace) -> int:
     """Run all set-ups; 1 if any differs."""
-    if args.jobs < 1 or args.maps < 1 or args.first < 0:
-        args.usage_error("--jobs and --maps take numbers from 1 on, --first from 0 on")
     if args.full and not args.decompressor:
         args.usage_error("--full goes with --decompressor")
     from bootstub.bzimage import parse_bzimage

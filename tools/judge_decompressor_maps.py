@@ -24,8 +24,8 @@ from guest.units import (
     round_down,
     round_up,
 )
+from tools.judge_maps import Row, row_end
 
-Row = list[int]
 _WB, _RUNTIME = 0xF, int(EfiMemoryAttribute.EFI_MEMORY_RUNTIME)
 _LOADER, _BOOT, _FREE = (
     int(EfiMemoryType.EfiLoaderData), int(EfiMemoryType.EfiBootServicesData), int(EfiMemoryType.EfiConventionalMemory),
@@ -59,10 +59,6 @@ def _row(kind: int, start: int, pages: int, attribute: int = _WB) -> Row:
     return [kind, start, pages, attribute]
 
 
-def _end(row: Row) -> int:
-    return row[1] + (row[2] << PAGE_SHIFT)
-
-
 def _low(rng: random.Random, init_size: int) -> tuple[list[Row], int]:
     """Memory below 4 GiB, with an image somewhere in it: the rows and where the image was loaded."""
     load = rng.choice((SZ_16M, SZ_16M, SZ_16M + 3 * SZ_2M, SZ_16M + 5 * PAGE_SIZE, 41 * SZ_16M))
@@ -70,10 +66,10 @@ def _low(rng: random.Random, init_size: int) -> tuple[list[Row], int]:
     rows = [_row(_FREE, PAGE_SIZE, 159), _row(_FREE, SZ_1M, load - SZ_1M >> PAGE_SHIFT)]
     rows.append(_row(_LOADER, load, end - load >> PAGE_SHIFT))
     for _ in range(rng.randrange(12)):
-        start = _end(rows[-1]) + rng.choice((0, 0, PAGE_SIZE, SZ_2M))
+        start = row_end(rows[-1]) + rng.choice((0, 0, PAGE_SIZE, SZ_2M))
         kind = rng.choice((0, 1, _LOADER, _BOOT, _FREE, _FREE, _FREE, _UNACCEPTED, 10))
         rows.append(_row(kind, start, rng.choice((1, 512, 14336, 15000, rng.randrange(1, 40000)))))
-    rows.append(_row(_FREE, _end(rows[-1]), rng.randrange(256, 100_000)))
+    rows.append(_row(_FREE, row_end(rows[-1]), rng.randrange(256, 100_000)))
     return rows, load
 
 
@@ -84,7 +80,7 @@ def _high(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
         at += rng.choice((0, 0, SZ_2M, rng.randrange(2048) * PAGE_SIZE))
         kind = rng.choice((_UNACCEPTED, _UNACCEPTED, _UNACCEPTED, _FREE, _BOOT))
         rows.append(_row(kind, at, rng.choice((1, 512, 14336, 14337, rng.randrange(1, 1 << 20)))))
-        at = _end(rows[-1])
+        at = row_end(rows[-1])
     return rows
 
 
@@ -94,7 +90,7 @@ def _add_loader_data(case: dict[str, Any], after: int) -> None:
     pages = _MAP_PAGES + (round_up(table_size, PAGE_SIZE) >> PAGE_SHIFT) + _DATA_PAGES
     row = next(row for row in reversed(case["memmap"]) if row[0] == _FREE and after <= row[1] < SZ_4G and row[2] >= 256)
     row[2] -= pages + _FIRMWARE_PAGES
-    index, at = case["memmap"].index(row) + 1, _end(row)
+    index, at = case["memmap"].index(row) + 1, row_end(row)
     firmware = at + (pages << PAGE_SHIFT)
     added = [
         _row(_LOADER, at, pages), _row(_RUNTIME_DATA, firmware, 4, _WB | _RUNTIME),
@@ -109,7 +105,7 @@ def _add_loader_data(case: dict[str, Any], after: int) -> None:
 
 
 def _unaccepted(rows: list[Row]) -> list[tuple[int, int]]:
-    return [(row[1], _end(row)) for row in rows if row[0] == _UNACCEPTED]
+    return [(row[1], row_end(row)) for row in rows if row[0] == _UNACCEPTED]
 
 
 def _table_size(rows: list[Row]) -> int:
@@ -149,11 +145,11 @@ def _plain(rng: random.Random, case: dict[str, Any]) -> None:
 def _frag(rng: random.Random, case: dict[str, Any]) -> None:
     """More pieces that fit than there are slot areas."""
     rows, at = case["memmap"], SZ_4G
-    rows[:] = [row for row in rows if _end(row) <= SZ_4G]
+    rows[:] = [row for row in rows if row_end(row) <= SZ_4G]
     for _ in range(rng.randrange(60, 160)):
         at += rng.choice((PAGE_SIZE, SZ_2M))
         rows.append(_row(rng.choice((_UNACCEPTED, _FREE)), at, rng.randrange(13000, 20000)))
-        at = _end(rows[-1])
+        at = row_end(rows[-1])
 
 
 def _attrs(rng: random.Random, case: dict[str, Any]) -> None:
@@ -177,7 +173,7 @@ def _memmap(rng: random.Random, case: dict[str, Any]) -> None:
 
 
 def _hugepages(rng: random.Random, case: dict[str, Any]) -> None:
-    case["memmap"][:] = [row for row in case["memmap"] if _end(row) <= SZ_4G]
+    case["memmap"][:] = [row for row in case["memmap"] if row_end(row) <= SZ_4G]
     case["memmap"] += [*_high(rng, 4), _row(_UNACCEPTED, 16 * SZ_1G + SZ_2M, rng.randrange(1 << 18, 1 << 21))]
     _option(case, f"hugepagesz={rng.choice(('1G', '1024M', '2M'))} hugepages={rng.choice((1, 2, 5, '0x2', 100))}")
     if rng.random() < 0.3:
@@ -200,7 +196,7 @@ def _setup_data(rng: random.Random, case: dict[str, Any]) -> None:
 
 
 def _srat(rng: random.Random, case: dict[str, Any]) -> None:
-    top = max(map(_end, case["memmap"]))
+    top = max(map(row_end, case["memmap"]))
     nodes: list[Row] = []
     at = 0
     while at < top and len(nodes) < 60:
@@ -228,7 +224,7 @@ def _nokaslr(rng: random.Random, case: dict[str, Any]) -> None:
 
 def _none(rng: random.Random, case: dict[str, Any]) -> None:
     """No room for the kernel but where it is."""
-    case["memmap"][:] = [row for row in case["memmap"] if _end(row) <= SZ_4G]
+    case["memmap"][:] = [row for row in case["memmap"] if row_end(row) <= SZ_4G]
     for row in case["memmap"]:
         if row[0] in (_FREE, _UNACCEPTED) and row[2] > 14_000:
             row[2] = rng.randrange(1000, 14_000)

@@ -13,6 +13,7 @@ from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from guest.units import DIV_ROUND_UP, PAGE_SHIFT, PAGE_SIZE, SZ_1G, SZ_1M, SZ_2M, SZ_4G
 
 Row = list[int]
+"""Memory type, start, pages, attributes."""
 _WB, _TIB = 0xF, 1 << 40
 _RUNTIME = int(EfiMemoryAttribute.EFI_MEMORY_RUNTIME)
 _CONVENTIONAL, _UNACCEPTED = int(EfiMemoryType.EfiConventionalMemory), int(EfiMemoryType.EfiUnacceptedMemoryType)
@@ -52,7 +53,7 @@ def _low(rng: random.Random, pieces: int) -> list[Row]:
     rows, at = [_row(_CONVENTIONAL, 0, 1), _row(_CONVENTIONAL, PAGE_SIZE, 159)], SZ_1M
     for _ in range(pieces):
         rows.append(_row(rng.choice(_LOW_TYPES), at, rng.choice(_PAGES)))
-        at = _end(rows[-1]) + rng.choice((0, 0, PAGE_SIZE, 7 * PAGE_SIZE))
+        at = row_end(rows[-1]) + rng.choice((0, 0, PAGE_SIZE, 7 * PAGE_SIZE))
     top = max(rng.choice((SZ_1G // 2, SZ_1G, 2 * SZ_1G, 3 * SZ_1G)), at + SZ_1G // 2)
     return [*rows, _row(_CONVENTIONAL, at, top - at >> PAGE_SHIFT)]
 
@@ -63,7 +64,7 @@ def _high(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
     for _ in range(pieces):
         at += rng.choice((0, 0, SZ_2M, rng.randrange(2048) * PAGE_SIZE))
         rows.append(_row(_UNACCEPTED, at, rng.choice((*_PAGES, 1024, 1537, 2048, rng.randrange(1, 65536)))))
-        at = _end(rows[-1])
+        at = row_end(rows[-1])
     return rows
 
 
@@ -72,11 +73,12 @@ def _blocks(rng: random.Random, pieces: int, at: int = SZ_4G) -> list[Row]:
     rows: list[Row] = []
     for _ in range(pieces):
         rows.append(_row(_UNACCEPTED, at, rng.randrange(2048, 65536)))
-        at = _end(rows[-1]) + rng.choice((0, PAGE_SIZE, 9 * SZ_2M, SZ_1G))
+        at = row_end(rows[-1]) + rng.choice((0, PAGE_SIZE, 9 * SZ_2M, SZ_1G))
     return rows
 
 
-def _end(row: Row) -> int:
+def row_end(row: Row) -> int:
+    """End of the memory of a row, exclusive."""
     return row[1] + (row[2] << PAGE_SHIFT)
 
 
@@ -107,7 +109,7 @@ def _attrs(rng: random.Random, case: dict[str, Any]) -> None:
     for _ in range(rng.randrange(2, 16)):
         kind = rng.choice((0, 2, 4, _CONVENTIONAL, _CONVENTIONAL, 14, _UNACCEPTED))
         rows.append(_row(kind, at, rng.choice((512, 1024, 5000, 32768, 65536)), rng.choice(_ATTRIBUTES)))
-        at = _end(rows[-1]) + rng.choice((0, SZ_2M, 3 * PAGE_SIZE))
+        at = row_end(rows[-1]) + rng.choice((0, SZ_2M, 3 * PAGE_SIZE))
     case["descs"] = rows
     case["cmdline"] = rng.choice(("nokaslr", "kaslrtest")) + rng.choice(("", " efi=nosoftreserve"))
 
@@ -118,8 +120,8 @@ def _nounacc(rng: random.Random, case: dict[str, Any]) -> None:
 
 def _lowunacc(rng: random.Random, case: dict[str, Any]) -> None:
     rows = _low(rng, 2)
-    low = _high(rng, rng.randrange(1, 5), _end(rows[-1]))
-    case["descs"] = rows + [row for row in low if _end(row) < 0xE000_0000] + _high(rng, 2)
+    low = _high(rng, rng.randrange(1, 5), row_end(rows[-1]))
+    case["descs"] = rows + [row for row in low if row_end(row) < 0xE000_0000] + _high(rng, 2)
 
 
 def _pretable(rng: random.Random, case: dict[str, Any]) -> None:
@@ -131,7 +133,7 @@ def _pretable(rng: random.Random, case: dict[str, Any]) -> None:
         case["descs"] = [*_low(rng, 3), *_blocks(rng, rng.randrange(2, 6))]
     rows = [row for row in case["descs"] if row[0] == _UNACCEPTED]
     unit = rng.choice((SZ_1M, SZ_2M, 2 * SZ_2M))
-    low, high = rows[0][1] // unit * unit, _end(rows[-1])
+    low, high = rows[0][1] // unit * unit, row_end(rows[-1])
     base, end = low, high
     if rng.random() < 0.5:
         base += unit * rng.randrange(-3, max((high - low) // unit, 1) + 3)

@@ -20,6 +20,7 @@ from guest.errors import FormatError
 from guest.ranges import Range, RangeSet
 from guest.trace import Record
 from guest.units import round_down, size_text
+from tools.arguments import number_from
 from tools.cli import script
 from tools.config import add_options, boot_config
 from tools.pipeline import Boot, BootConfig, stages_of
@@ -32,19 +33,18 @@ _SOURCE = "unaccepted kaslr --help"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--seeds", metavar="N", type=int, default=1000, help="how many seeds, from 0 on (default 1000)")
+    parser.add_argument(
+        "--seeds", metavar="N", type=number_from(1), default=1000, help="how many seeds, from 0 on (default 1000)"
+    )
     parser.add_argument("--memory", metavar="SIZE", action="append", help="guest memory, can be repeated (4G and 64G)")
     parser.add_argument("--protocol", metavar="NAME", action="append", help="v9 or mainline, can be repeated (both)")
     parser.add_argument("--kernel", metavar="FILE", help="bzImage (default: a small one of our own)")
     parser.add_argument("--cmdline", metavar="TEXT", default=_CMDLINE, help=f"command line (default: {_CMDLINE!r})")
     add_json_option(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Choose for all seeds, for each protocol and size of memory."""
-    if args.seeds < 1:
-        args.usage_error("--seeds takes a number from 1 on")
     protocols, sizes = args.protocol or _PROTOCOLS, args.memory or _MEMORY
     spreads = [_spread(args, protocol, memory) for protocol in protocols for memory in sizes]
     if args.json:

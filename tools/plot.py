@@ -121,8 +121,10 @@ def _label_list(boot: Boot) -> list[_Label]:
     """What to write above the curve: where stages begin and where the kernel came past its milestones."""
     records = boot.trace.records
     labels = [_Label(r.ns, r.stage, True) for r in records if isinstance(r.event, StageBegin)]
-    for each in milestones(records, boot.host.ram)[: _MAX_LABELS - len(labels)]:
-        labels.append(_Label(each.virtual_ns, f"{each.name}  {_short(each.accepted_bytes)}", False))
+    labels += [
+        _Label(each.virtual_ns, f"{each.name}  {_short(each.accepted_bytes)}", False)
+        for each in milestones(records, boot.host.ram)[: _MAX_LABELS - len(labels)]
+    ]
     return sorted(labels, key=lambda label: label.ns)
 
 

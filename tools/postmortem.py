@@ -23,8 +23,8 @@ def postmortem(boot: Boot, death: BootError, system_map: str | None) -> list[str
     if boot.real_code is None:
         return []
     from bootstub.bzimage import parse_bzimage
+    from bootstub.kernel_layout import START_KERNEL_MAP
     from bootstub.payload import decompress
-    from bootstub.relocations import START_KERNEL_MAP
     from cpu.postmortem import report
     from cpu.symbols import Symbols, parse_system_map, read_kallsyms
 

@@ -32,6 +32,7 @@ from guest.errors import FormatError
 from guest.memory import AccessKind, GuestMemory, PhysicalMemory
 from guest.records import GuestRecord, field_extents
 from guest.trace import Trace
+from tests.bootstub.conftest import by_hand
 
 # Documentation/arch/x86/zero-page.rst and the headers it names: offset, size, name
 LAYOUT = """
@@ -78,13 +79,6 @@ LAYOUT = """
 SETUP_HEADER_FIELDS = 39
 
 
-def by_hand() -> dict[str, tuple[int, int]]:
-    """The layout above as name: (offset, size)."""
-    words = LAYOUT.split()
-    places = (place.split("/") for place in words[::2])
-    return {name: (int(at, 16), int(size)) for name, (at, size) in zip(words[1::2], places, strict=True)}
-
-
 def page(entries: int = 0, table: bytes = b"") -> bytes:
     """A boot_params page with nothing but an e820 table."""
     out = bytearray(4096)
@@ -96,7 +90,7 @@ def page(entries: int = 0, table: bytes = b"") -> bytes:
 def test_boot_params_layout() -> None:
     """Every field lies where zero-page.rst has it, and the record is one page without holes."""
     found = field_extents(BOOT_PARAMS)
-    expected = by_hand()
+    expected = by_hand(LAYOUT)
     header = {name for name in found if name.startswith("hdr.")}
     assert len(header) == SETUP_HEADER_FIELDS
     assert {name: found[name] for name in expected} == expected

@@ -9,8 +9,8 @@ import pytest
 from bootstub.sample_kernel import build_bzimage, build_vmlinux
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import FormatError, GuestPanic, MemoryFault
-from guest.trace import Print
 from tdx.events import TdCall
+from tests.bootstub.conftest import printed
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BOOT_DATA, CONVENTIONAL, UNACCEPTED = 4, 7, 15
@@ -37,10 +37,6 @@ def unaccepted_boot(new_boot):
     return new_boot("efi-stub", efi_map=efi_map, cmdline="memmap=496M$16M")
 
 
-def prints(boot) -> list[str]:
-    return [r.event.text for r in boot.trace.records if r.stage == "decompress" and isinstance(r.event, Print)]
-
-
 def test_kernel_at_its_place(new_boot):
     """The segments of the sample kernel lie where the ELF file wants them, and RIP is its entry point."""
     boot = new_boot("decompress")
@@ -48,7 +44,7 @@ def test_kernel_at_its_place(new_boot):
     assert boot.physical.read(0x1000000, 3) == b"\xf4\xeb\xfd"  # hlt, and back to it
     for offset, name in ((0x1010, "text"), (0x201010, "data"), (0x211010, "percpu"), (0x221010, "init")):
         assert boot.physical.read(0x1000000 + offset, 16) == f"{name:7}       1\n".encode()
-    assert prints(boot) == [
+    assert printed(boot, "decompress") == [
         "KASLR disabled: 'nokaslr' on cmdline.",
         "Decompressing Linux... Accepting memory... Parsing ELF... No relocation needed... done.",
         "Booting the kernel.",
@@ -58,7 +54,7 @@ def test_kernel_at_its_place(new_boot):
 def test_guest_without_unaccepted_memory(new_boot):
     """Without a bitmap nothing is said about accepting."""
     boot = new_boot("decompress", memory=GIB)
-    assert prints(boot)[1] == "Decompressing Linux... Parsing ELF... No relocation needed... done."
+    assert printed(boot, "decompress")[1] == "Decompressing Linux... Parsing ELF... No relocation needed... done."
 
 
 def test_output_is_accepted_before_it_is_written(unaccepted_boot):
@@ -127,7 +123,7 @@ def test_kernel_larger_than_its_address_space(new_boot):
     boot = new_boot("efi-stub", kernel=kernel)
     with pytest.raises(FormatError, match="kernel size: found 0x3f200000 bytes, expected at most 0x3f000000"):
         boot.run("decompress")
-    assert prints(boot) == []
+    assert printed(boot, "decompress") == []
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0xFFFF_FFFF, 1), (0, 0xFFFF_FFFF), (0x2C0, INIT_SIZE - 0x2BF)])
@@ -163,7 +159,7 @@ def test_damaged_payload(new_boot):
     boot.physical.write(0x1001000 + 0x2C0 + 40, b"\xff\x00\xff\x00")
     with pytest.raises(FormatError, match="payload"):
         boot.run("decompress")
-    assert "Booting the kernel." not in prints(boot)
+    assert "Booting the kernel." not in printed(boot, "decompress")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from bootstub.protocol import MAINLINE, PROTOCOLS, V9
 from bootstub.sample_kernel import sample_bzimage
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import FormatError, GuestPanic, MemoryFault
-from guest.trace import Print, ServiceCall
+from guest.trace import ServiceCall
+from tests.bootstub.conftest import printed
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOADER_CODE, LOADER_DATA, BOOT_DATA, CONVENTIONAL, ACPI_RECLAIM, UNACCEPTED = 1, 2, 4, 7, 9, 15
@@ -52,10 +53,6 @@ def calls(boot, service):
     return [event for event in records if event.service == service]
 
 
-def prints(boot) -> list[str]:
-    return [r.event.text for r in boot.trace.records if r.stage == "efi-stub" and isinstance(r.event, Print)]
-
-
 def given_map(*rows: tuple[int, int, int]) -> dict[str, object]:
     """An ``efi_map`` of (type, start, end), with low memory that every boot needs."""
     rows = ((CONVENTIONAL, 0x1000, 0xA0000), *rows)
@@ -94,7 +91,7 @@ def test_boot_params_to_the_byte(new_boot):
     assert boot.physical.read(0x7D8FB000, 18) == b"nokaslr efi=debug\0"
     assert boot.physical.read(0x7EAA03B0, 8) == b"IBI SYST"
     assert (regs.rsi, regs.rip) == (0x7D8FC000, 0x1001200)
-    assert "EFI stub: Loaded initrd from LINUX_EFI_INITRD_MEDIA_GUID device path" in prints(boot)
+    assert "EFI stub: Loaded initrd from LINUX_EFI_INITRD_MEDIA_GUID device path" in printed(boot, "efi-stub")
 
 
 def test_memory_that_only_the_page_points_to_is_loader_data(new_boot):
@@ -164,7 +161,7 @@ def test_command_line(new_boot, given, left):
     boot = new_boot("efi-stub", cmdline=given)
     at = u32(boot.boot_params, 0x228) | u32(boot.boot_params, 0x0C8) << 32
     assert boot.physical.read(at, len(left) + 1) == left + b"\0"
-    too_long = [text for text in prints(boot) if "Command line" in text]
+    too_long = [text for text in printed(boot, "efi-stub") if "Command line" in text]
     cut = len(given.encode()) >= 2048 and "\n" not in given
     assert too_long == [f"EFI stub: ERROR: Command line is too long: truncated to {len(left)} bytes"] * cut
 

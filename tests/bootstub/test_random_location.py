@@ -18,7 +18,7 @@ from bootstub.sample_kernel import POINTERS_64_OFFSET, build_bzimage, build_vmli
 from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import GuestPanic
 from guest.records import GuestRecord
-from guest.trace import Print
+from tests.bootstub.conftest import printed
 from tools.verdict import unaccepted_by_bitmap, unaccepted_by_module
 
 MIB, GIB, PAGE = 1 << 20, 1 << 30, 4096
@@ -36,10 +36,6 @@ def areas(boot) -> list[tuple[int, int]]:
     """Where the kernel could have gone: ranges that its first byte and its last may lie in."""
     choice = event(boot, DecompressorChoice)
     return [(a.addr, a.addr + (a.num - 1) * choice.align + choice.size) for a in choice.areas]
-
-
-def said(boot) -> list[str]:
-    return [r.event.text for r in boot.trace.records if r.stage == "decompress" and isinstance(r.event, Print)]
 
 
 @pytest.fixture
@@ -93,7 +89,7 @@ def test_nokaslr_and_what_looks_like_it(located):
     """Only the word itself switches KASLR off; the flag in boot_params says whether it is on."""
     for line, on in (("nokaslr", False), ("x=nokaslr nokaslrx", True)):
         boot = located(line)
-        assert ("KASLR disabled: 'nokaslr' on cmdline." not in said(boot)) == on
+        assert ("KASLR disabled: 'nokaslr' on cmdline." not in printed(boot, "decompress")) == on
         assert (event(boot, KernelPlaced).virtual != BASE) == on
         assert bool(GuestRecord(boot.machine.memory, boot.machine.regs.rsi, BOOT_PARAMS)["hdr.loadflags"] & 2) == on
 
@@ -135,13 +131,13 @@ def test_nothing_to_choose_from(located, line):
     boot = located(line)
     placed = event(boot, KernelPlaced)
     assert (placed.physical, placed.virtual != BASE) == (BASE, True)
-    assert said(boot)[0] == "Physical KASLR disabled: no suitable memory region!"
+    assert printed(boot, "decompress")[0] == "Physical KASLR disabled: no suitable memory region!"
 
 
 def test_no_place_in_the_map(located):
     """Where no region has room, the address 0 that comes of it is complained about as well."""
     boot = located("memmap=16E$1G memmap=1008M$16M", memory=GIB)
-    assert said(boot)[:2] == [
+    assert printed(boot, "decompress")[:2] == [
         "Invalid physical address chosen!",
         "Physical KASLR disabled: no suitable memory region!",
     ]
@@ -155,6 +151,7 @@ def test_what_the_loader_left_is_avoided(located):
     initrd = params["hdr.ramdisk_image"]
     kept = [(params.gpa, PAGE), (params["hdr.cmd_line_ptr"], 1), (initrd, 5 * MIB), (BASE, params["hdr.init_size"])]
     found = areas(boot)
+    assert found
     assert all(end <= at or at + size <= start for start, end in found for at, size in kept)
     assert all(end <= start for (_, end), (start, _) in pairwise(found))
 
@@ -197,7 +194,7 @@ def test_the_decompressor_of_6_12(new_boot):
     boot = new_boot("efi-stub", cmdline="nokaslr mem_encrypt=on")
     boot.trace.stage = "decompress"
     decompress(boot.machine, MAINLINE_DECOMPRESSOR)
-    assert "Accepting memory" not in said(boot)[1]
+    assert "Accepting memory" not in printed(boot, "decompress")[1]
     assert GuestRecord(boot.machine.memory, boot.machine.regs.rsi, BOOT_PARAMS)["hdr.xloadflags"] & 1 << 7
 
 

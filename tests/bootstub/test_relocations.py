@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bootstub.relocations import START_KERNEL_MAP, Relocations, read_relocations, relocate
+from bootstub.kernel_layout import START_KERNEL_MAP
+from bootstub.relocations import Relocations, read_relocations, relocate
 from bootstub.sample_kernel import (
     POINTERS,
     POINTERS_32_OFFSET,

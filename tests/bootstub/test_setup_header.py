@@ -13,6 +13,7 @@ from bootstub.setup_header import (
     version_text,
 )
 from guest.records import field_extents
+from tests.bootstub.conftest import by_hand
 
 # Documentation/arch/x86/boot.rst: offset in the image, size, name
 LAYOUT = """
@@ -29,17 +30,10 @@ LAYOUT = """
 """
 
 
-def by_hand() -> dict[str, tuple[int, int]]:
-    """The layout above as name: (offset in the image, size)."""
-    words = LAYOUT.split()
-    places = (place.split("/") for place in words[::2])
-    return {name: (int(at, 16), int(size)) for name, (at, size) in zip(words[1::2], places, strict=True)}
-
-
 def test_setup_header_layout() -> None:
     """Every field lies where boot.rst has it, and the header ends at 0x26c."""
     found = {name: (0x1F1 + at, size) for name, (at, size) in field_extents(SETUP_HEADER).items()}
-    assert found == by_hand()
+    assert found == by_hand(LAYOUT)
     assert (SETUP_HEADER_OFFSET, SETUP_HEADER.sizeof()) == (0x1F1, 123)
 
 

@@ -17,8 +17,10 @@ from tdx.instructions import Instructions
 from tdx.ve import ExitReason
 from tools.pipeline import REAL_KERNEL_CMDLINE, Boot, BootConfig
 
-TABLES, CODE, IDT, IDT_POINTER, VE_HANDLER, DF_HANDLER, STACK, SIZE = (0x1000 * n for n in (1, 4, 5, 6, 7, 8, 15, 16))
+TABLES, CODE, IDT, IDT_POINTER, STACK, SIZE = (0x1000 * n for n in (1, 4, 5, 6, 15, 16))
+VE_HANDLER, DF_HANDLER, BP_HANDLER = 0x7000, 0x8000, 0x9000
 CODE_SELECTOR = 0x10
+RESUME = bytes.fromhex("58 4883c420 ffe0")  # pop rax; add rsp, 32; jmp rax
 LIDT = bytes.fromhex("0f011c25") + IDT_POINTER.to_bytes(4, "little")
 CPUID, RDMSR, WRMSR, HLT, STOP = (bytes.fromhex(code) for code in ("0fa2", "0f32", "0f30", "f4", "0f0b"))
 TDCALL_VEINFO_GET = bytes.fromhex("b803000000 660f01cc")
@@ -55,7 +57,7 @@ def _memory(code: bytes, handler: bytes) -> bytes:
         struct.pack_into("<Q", memory, TABLES + 0x1000 * level, TABLES + 0x1000 * (level + 1) | 3)
     struct.pack_into("<Q", memory, TABLES + 0x2000, 1 << 7 | 3)  # the first 2 MiB
     struct.pack_into("<HQ", memory, IDT_POINTER, 0xFFF, IDT)
-    for vector, at, what in ((20, VE_HANDLER, handler), (8, DF_HANDLER, STOP)):
+    for vector, at, what in ((20, VE_HANDLER, handler), (8, DF_HANDLER, STOP), (3, BP_HANDLER, RESUME)):
         memory[IDT + 16 * vector : IDT + 16 * (vector + 1)] = _gate(at)
         memory[at : at + len(what)] = what
     memory[CODE : CODE + len(code)] = code
@@ -186,6 +188,18 @@ def test_an_msr_may_be_native_to_read_only() -> None:
     guest = Guest(LIDT + RDMSR + WRMSR, VeConfig(msr=True), rcx=0x10)
     assert guest.info == (0, 32, 0, 2)
     assert guest.vcpu.ve_reasons == {ExitReason.WRMSR: 1}
+
+
+@pytest.mark.parametrize(
+    "code", ["b900100000 0fa2", "b910000000 0f30", "f4", "ee"], ids=["cpuid", "wrmsr", "hlt", "out"]
+)
+def test_an_exit_after_int3_is_where_its_instruction_is(code: str) -> None:
+    """A breakpoint that was hit and left behind does not move the next instruction that exits."""
+    int3 = b"\xcc" + bytes.fromhex("b800000040")  # int3; mov eax, 0x40000000
+    guest = Guest(LIDT + int3 + bytes.fromhex(code), ALL)
+    length = guest.info[3]
+    assert guest.vcpu.exceptions == {3: 1, 20: 1}
+    assert guest.frame == (CODE + len(LIDT + int3 + bytes.fromhex(code)) - length, STACK)
 
 
 def test_hlt_raises_ve() -> None:

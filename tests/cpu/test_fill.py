@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cpu.fill import LARGE, MEMSET, START_KERNEL_MAP, Fills
+from bootstub.kernel_layout import START_KERNEL_MAP
+from cpu.fill import LARGE, MEMSET, Fills
 from cpu.vcpu import Vcpu
 from guest.errors import MemoryFault
 from guest.registers import Registers

@@ -175,6 +175,19 @@ class Efi:
         return [(str(UUID(bytes_le=guid)), table) for guid, table in rows]
 
 
+def type_at(efi: Efi, address: int) -> int:
+    """Type of the page at ``address`` in the map that the firmware hands out."""
+    (kind,) = [d.type for d in efi.services.memory_map.descriptors() if d.start <= address < d.end]
+    return kind
+
+
+def install(efi: Efi, guid: str, interface: int, handle: int = 0) -> int:
+    """InstallProtocolInterface(); returns the handle."""
+    at = efi.word(handle)
+    assert efi.call("InstallProtocolInterface", at, efi.id(guid), 0, interface) == 0
+    return efi.load(at)
+
+
 def build_efi(memory: int = 4 << 30, variables: Iterable[Variable] = (), unaccepted: bool = False) -> Efi:
     """``unaccepted``: the map lists what the firmware has not accepted."""
     lab = build_lab(memory)

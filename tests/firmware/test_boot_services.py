@@ -10,6 +10,7 @@ import pytest
 
 from guest.errors import GuestPanic
 from guest.trace import ServiceCall
+from tests.firmware.conftest import type_at
 
 SUCCESS = 0
 INVALID_PARAMETER, UNSUPPORTED, BUFFER_TOO_SMALL = (1 << 63 | n for n in (2, 3, 5))
@@ -19,12 +20,6 @@ LOADER_DATA, FREE = 2, 7
 PAGE = 0x1000
 SCRATCH = 0x10_0000
 GUIDS = [f"{n:08x}-0000-4000-8000-00000000000{n:x}" for n in range(1, 9)]
-
-
-def type_at(efi, address: int) -> int:
-    """Type of the page at ``address`` in the map that the firmware hands out."""
-    (kind,) = [d.type for d in efi.services.memory_map.descriptors() if d.start <= address < d.end]
-    return kind
 
 
 def check_crc(efi, table: int, size: int) -> None:

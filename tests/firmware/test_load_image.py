@@ -8,6 +8,7 @@ import pytest
 
 from firmware.load_image import FwCfg, install_initrd, load_image
 from guest.errors import FormatError, GuestPanic
+from tests.firmware.conftest import type_at
 
 LOADED_IMAGE = "5b1b31a1-9562-11d2-8e3f-00a0c969723b"
 LOAD_FILE2 = "4006c0c1-fcb3-403e-996d-4a6c8724e06d"
@@ -25,12 +26,6 @@ def loaded_image_of(efi, handle: int) -> tuple[int, ...]:
     """EFI_LOADED_IMAGE_PROTOCOL of a handle, by HandleProtocol()."""
     assert efi.call("HandleProtocol", handle, efi.guid(LOADED_IMAGE), SCRATCH) == SUCCESS
     return struct.unpack("<I4xQQQQQI4xQQQIIQ", efi.memory.read(efi.memory.read_uint(SCRATCH, 8), 96))
-
-
-def type_at(efi, address: int) -> int:
-    """Type of the page at ``address``."""
-    (kind,) = [d.type for d in efi.services.memory_map.descriptors() if d.start <= address < d.end]
-    return kind
 
 
 def test_the_image_goes_to_its_preferred_base(efi, pe_image):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firmware.device_path import first_instance
-from tests.firmware.conftest import build_efi
+from tests.firmware.conftest import build_efi, install
 
 SUCCESS = 0
 INVALID_PARAMETER, BUFFER_TOO_SMALL, NOT_FOUND = (1 << 63 | n for n in (2, 5, 14))
@@ -18,13 +18,6 @@ DEVICE_PATH = "09576e91-6d3f-11d2-8e39-00a0c969723b"
 ALL, BY_NOTIFY, BY_PROTOCOL = 0, 1, 2
 END, END_INSTANCE = b"\x7f\xff\x04\x00", b"\x7f\x01\x04\x00"
 NOTIFY_SIGNAL, TPL_CALLBACK = 0x200, 8
-
-
-def install(efi, guid: str, interface: int, handle: int = 0) -> int:
-    """InstallProtocolInterface(); returns the handle."""
-    at = efi.word(handle)
-    assert efi.call("InstallProtocolInterface", at, efi.id(guid), 0, interface) == SUCCESS
-    return efi.load(at)
 
 
 def locate(efi, search: int, guid: str | None, key: int = 0, room: int = 0x100) -> tuple[int, list[int]]:

@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 
 from guest.errors import MemoryFault
+from tests.firmware.conftest import install
 
 SUCCESS = 0
 INVALID_PARAMETER, UNSUPPORTED, NOT_FOUND, ACCESS_DENIED, ALREADY_STARTED = (1 << 63 | n for n in (2, 3, 14, 15, 20))
@@ -16,13 +17,6 @@ DEVICE_PATH = "09576e91-6d3f-11d2-8e39-00a0c969723b"
 BY_HANDLE, GET, TEST, BY_CHILD, BY_DRIVER, EXCLUSIVE = (1 << n for n in range(6))
 NOWHERE = 0x1234_0000
 PATH = bytes.fromhex("0102040001010400") + b"\x7f\xff\x04\x00"
-
-
-def install(efi, guid: str, interface: int, handle: int = 0) -> int:
-    """InstallProtocolInterface(); returns the handle."""
-    at = efi.word(handle)
-    assert efi.call("InstallProtocolInterface", at, efi.id(guid), 0, interface) == SUCCESS
-    return efi.load(at)
 
 
 def interface_of(efi, handle: int, guid: str) -> int | None:

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest import units
-from guest.registers import MASK64
-from guest.units import DIV_ROUND_UP, PFN_DOWN, PFN_PHYS, PFN_UP, memparse, round_down, round_up, size_text
+from guest.units import DIV_ROUND_UP, PFN_DOWN, PFN_PHYS, PFN_UP, U64_MAX, memparse, round_down, round_up, size_text
 
 
 @pytest.mark.parametrize(
@@ -29,7 +28,7 @@ def test_sizes_are_what_their_names_say(name, value):
 
 def test_registers_have_64_bits():
     """The mask of a register is 64 ones."""
-    assert MASK64 == 0xFFFF_FFFF_FFFF_FFFF
+    assert U64_MAX == 0xFFFF_FFFF_FFFF_FFFF
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tdx.events import SeamCall, TdCall, TdExit
 from tdx.module import TdConfig, TdxModule
 from tdx.sept import SecureEpt
 from tdx.vmm import Host
+from tools.pipeline import Boot, BootConfig
 
 COSTS = CostTable(tdcall=1_000, tdvmcall=30_000, zero_4k=7, td_exit=500_000, seamcall=11_000_000)
 """Costs that can be told apart in a sum."""
@@ -113,10 +114,26 @@ def build_td(
     return td
 
 
+def vmcall(td: Td, **regs: int) -> Registers:
+    """One TDG.VP.VMCALL that exposes R10 to R15; returns the registers."""
+    found = Registers(rax=0, rcx=0xFC00, **regs)
+    td.module.tdcall(found)
+    assert (found.rax, found.rcx) == (0, 0xFC00)
+    return found
+
+
 @pytest.fixture(scope="session")
 def make_td() -> Callable[..., Td]:
     """A function that makes a TD with ``ram``, by default 16 MiB from 0 on, nothing of which is backed yet; it runs."""
     return build_td
+
+
+@pytest.fixture
+def module() -> TdxModule:
+    """The module of a TD."""
+    platform = Boot(BootConfig(b"")).machine.platform
+    assert isinstance(platform, TdxModule)
+    return platform
 
 
 @pytest.fixture

@@ -5,15 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tdx.module import TdxModule
-from tools.pipeline import Boot, BootConfig
-
-
-@pytest.fixture
-def module() -> TdxModule:
-    """The module of a TD."""
-    platform = Boot(BootConfig(b"")).machine.platform
-    assert isinstance(platform, TdxModule)
-    return platform
 
 
 @pytest.mark.parametrize("leaf", [0, 1, 7, 0x15, 0x21, 0x8000_0000, 0x8000_0001, 0x8000_0007, 0x8000_0008], ids=hex)

@@ -8,20 +8,11 @@ from guest.registers import Registers
 from tdx.module import TdxModule
 from tdx.status import status_name
 from tdx.ve import VECTOR_DF, VECTOR_VE, ExitReason, VeInfo, io_qualification
-from tools.pipeline import Boot, BootConfig
 
 VEINFO_GET = 3
 NO_VALID_VE_INFO = 0xC000_0704_0000_0000
 CPUID = VeInfo(ExitReason.CPUID, 0, 2)
 OUT = VeInfo(ExitReason.IO_INSTRUCTION, io_qualification(0x3F8, 1, is_in=False), 1)
-
-
-@pytest.fixture
-def module() -> TdxModule:
-    """The module of a TD."""
-    platform = Boot(BootConfig(b"")).machine.platform
-    assert isinstance(platform, TdxModule)
-    return platform
 
 
 def veinfo_get(module: TdxModule) -> Registers:

@@ -10,19 +10,12 @@ from guest.ranges import RangeSet
 from guest.registers import Registers
 from tdx.leaves import VmCallStatus
 from tdx.vmcall import QUOTE
+from tests.tdx.conftest import vmcall
 
 SHARED = 1 << 51
 SZ_4K, SZ_2M = 0x1000, 0x20_0000
 MAP_GPA, INFO, GET_QUOTE, NOTIFY, MMIO = 0x10001, 0x10000, 0x10002, 0x10004, 48
 RETRY, INVALID, GPA_INUSE, ALIGN_ERROR, UNSUPPORTED = 1, 1 << 63, 1 << 63 | 1, 1 << 63 | 2, 1 << 63 | 3
-
-
-def vmcall(td, **regs: int) -> Registers:
-    """One TDG.VP.VMCALL that exposes R10 to R15; returns the registers."""
-    found = Registers(rax=0, rcx=0xFC00, **regs)
-    td.module.tdcall(found)
-    assert (found.rax, found.rcx) == (0, 0xFC00)
-    return found
 
 
 PIECES = [

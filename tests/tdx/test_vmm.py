@@ -10,6 +10,7 @@ from tdx.events import PageAdd, SeamCall, TdExit, TdVmCall
 from tdx.machine_type import MachineType
 from tdx.sept import SeptEntry, SeptState
 from tdx.td_exit import EptViolation
+from tests.tdx.conftest import vmcall
 
 SHARED = 1 << 51
 INVALID_OPERAND = 0x8000_0000_0000_0000
@@ -17,14 +18,6 @@ ALIGN_ERROR = 0x8000_0000_0000_0002
 SUBFUNC_UNSUPPORTED = 0x8000_0000_0000_0003
 SZ_4K, SZ_2M, SZ_4G = 0x1000, 0x20_0000, 1 << 32
 ALL_ONES = (1 << 64) - 1
-
-
-def vmcall(td, **regs):
-    """One TDG.VP.VMCALL that exposes R10 to R15; returns the registers."""
-    found = Registers(rax=0, rcx=0xFC00, **regs)
-    td.module.tdcall(found)
-    assert (found.rax, found.rcx) == (0, 0xFC00)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,13 @@ from pathlib import Path
 import pytest
 
 from bootstub.sample_kernel import sample_bzimage
+from tests.bootstub.conftest import patch_kernel
 from tools.cli import VERBS, main
 
+NEEDED = {"judge": ("--kernel", "unread"), "conform": ("unread",)}
+"""Arguments that a verb cannot do without."""
 REPOSITORY = Path(__file__).parents[2]
 PAYLOAD = 0x1000 + 0x2C0
-
-
-def changed(*fields: tuple[int, str, int]) -> bytes:
-    """The sample bzImage with other fields."""
-    image = bytearray(sample_bzimage())
-    for offset, fmt, value in fields:
-        struct.pack_into("<" + fmt, image, offset, value)
-    return bytes(image)
 
 
 WRONG_KERNELS = {
@@ -35,14 +29,14 @@ WRONG_KERNELS = {
     "random": (random.Random(1).randbytes(20_000), "boot_flag"),
     "zeros": (bytes(20_000), "boot_flag"),
     "ELF": (b"\x7fELF" + bytes(20_000), "e_ident"),
-    "zImage": (changed((0x211, "B", 0)), "loadflags"),
-    "32 bits": (changed((0x236, "H", 0)), "xloadflags"),
-    "payload outside": (changed((0x248, "I", 0x7FFF_0000)), "payload_offset"),
-    "payload too long": (changed((0x24C, "I", 0x7FFF_0000)), "payload_length"),
-    "no payload": (changed((0x24C, "I", 0)), "payload_length"),
-    "alignment": (changed((0x230, "I", 3)), "kernel_alignment"),
-    "init_size": (changed((0x260, "I", 0)), "init_size"),
-    "handover": (changed((0x264, "I", 0xFFFF_FFFF)), "handover_offset"),
+    "zImage": (patch_kernel((0x211, "B", 0)), "loadflags"),
+    "32 bits": (patch_kernel((0x236, "H", 0)), "xloadflags"),
+    "payload outside": (patch_kernel((0x248, "I", 0x7FFF_0000)), "payload_offset"),
+    "payload too long": (patch_kernel((0x24C, "I", 0x7FFF_0000)), "payload_length"),
+    "no payload": (patch_kernel((0x24C, "I", 0)), "payload_length"),
+    "alignment": (patch_kernel((0x230, "I", 3)), "kernel_alignment"),
+    "init_size": (patch_kernel((0x260, "I", 0)), "init_size"),
+    "handover": (patch_kernel((0x264, "I", 0xFFFF_FFFF)), "handover_offset"),
 }
 
 
@@ -122,7 +116,7 @@ def test_file_with_wrong_contents(refused, file, tmp_path, option, contents, tex
 
 def test_unknown_compression(command, file):
     """A bad payload is found out when it is unpacked, where the decompressor has moved itself: the log ends there."""
-    kernel = file("kernel", changed((PAYLOAD, "I", 0x4F5A4C4D)))
+    kernel = file("kernel", patch_kernel((PAYLOAD, "I", 0x4F5A4C4D)))
     answer = command("boot", "--kernel", kernel)
     assert answer.status == 1
     assert answer.err.startswith("unaccepted: error: payload magic at 0x16564c0: found 4d4c5a4f")
@@ -182,14 +176,44 @@ def test_wrong_usage(command, words):
     assert "error: " in answer.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], *([verb, "--help"] for verb in VERBS), ["dump", "boot-params", "--help"]]
-)
+@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=" ".join)
 def test_help(command, words):
-    """Help is an answer: exit status 0, on standard output."""
-    answer = command(*words)
+    """Help is an answer: exit status 0, on standard output; behind the usage a sentence says what is done."""
+    answer = command(*words, "--help")
     assert (answer.status, answer.err) == (0, "")
-    assert answer.out.startswith("usage: unaccepted")
+    assert answer.out.startswith(" ".join(["usage: unaccepted", *words]))
+    assert answer.out.split("\n\n")[1].rstrip()[-1] in ".?"
+
+
+def test_help_tells_the_exit_status(command):
+    """Every status that the command can end with is in its help."""
+    text = " ".join(command("--help").out.partition("Exit status: ")[2].split())
+    assert [part.split()[0] for part in text.split("; ")] == ["0", "1", "2", "130"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "explore --limit", "explore --jobs", "kaslr --seeds", "conform --limit", "conform --jobs", "judge --maps",
+        "judge --jobs",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "\u0663", "9" * 5000], ids=lambda number: ascii(number)[:10])
+def test_number_that_is_none(command, words, number):
+    """How many, counted from 1: anything else is wrong usage, told in words of the same kind by every verb."""
+    verb, option = words.split()
+    answer = command(verb, f"{option}={number}", *NEEDED.get(verb, ()))
+    assert (answer.status, answer.out) == (2, "")
+    expected = f"unaccepted {verb}: error: argument {option}: found {number[:80]!r}, expected a number from 1 "
+    assert answer.err.splitlines()[-1].startswith(expected)
+
+
+@pytest.mark.parametrize("verb", ["explore", "conform", "judge"])
+def test_no_verb_starts_thousands_of_processes(command, verb):
+    """--jobs has an end."""
+    answer = command(verb, "--jobs", "1025", *NEEDED.get(verb, ()))
+    assert answer.status == 2
+    assert answer.err.endswith("argument --jobs: found '1025', expected a number from 1 to 1024\n")
 
 
 def test_version(command):

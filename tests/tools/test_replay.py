@@ -34,7 +34,7 @@ def boot_params() -> dict[str, bytes]:
 def unpack(name: str, root: Path) -> Path:
     """Write a capture as a directory."""
     directory = root / name
-    for path, text in [*captures()[name].items()]:
+    for path, text in captures()[name].items():
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
         is_base64 = text.startswith("base64:")
@@ -97,8 +97,7 @@ def test_what_differs_is_found(file, old, new, subject, tmp_path, capsys):
     directory = unpack(SIMPLE, tmp_path)
     path = directory / file
     text = path.read_text()
-    if old not in text:  # the number stands in another zone
-        pytest.fail(f"{file} has no {old!r}")
+    assert old in text
     path.write_text(text.replace(old, new, 1))
     assert main(["replay", str(directory)]) == 1
     out = capsys.readouterr().out

@@ -26,6 +26,10 @@ from kernel.version import KernelVersion, version_of_release
 
 _MAX_FILE = SZ_16M
 _SOURCE = "tools/captures/capture.py"
+_BRK = re.compile(r"memblock_reserve: \[(0x\w+)-0x\w+\] setup_arch\+")
+_UPDATE = re.compile(r"e820: update \[mem (0x\w+)-0x\w+\] usable ==> usable")
+_KERNEL_RESOURCE = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : Kernel (code|bss)$", re.MULTILINE)
+_TIME = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\] ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Capture:
         boot_params, dmesg = _read(directory / "boot_params.bin"), _read_text(directory, "dmesg.txt")
         for name, found in (("boot_params.bin", boot_params), ("dmesg.txt", dmesg)):
             if found is None:
-                raise _error(directory / name, "no such file", "a capture has one")
+                raise _error(directory / name, "no such file", "one in every capture")
         assert boot_params is not None and dmesg is not None
         if len(boot_params) != BOOT_PARAMS_SIZE:
             raise _error(directory / "boot_params.bin", f"{len(boot_params)} bytes", f"{BOOT_PARAMS_SIZE} bytes")
@@ -136,12 +140,6 @@ def _node(directory: Path) -> tuple[int, bytes] | None:
     data = _read(directory / "data.bin")
     kind = (_read(directory / "type.txt") or b"").decode("ascii", "replace").strip()
     return None if data is None else (_number(kind), data)
-
-
-_BRK = re.compile(r"memblock_reserve: \[(0x\w+)-0x\w+\] setup_arch\+")
-_UPDATE = re.compile(r"e820: update \[mem (0x\w+)-0x\w+\] usable ==> usable")
-_KERNEL_RESOURCE = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : Kernel (code|bss)$", re.MULTILINE)
-_TIME = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\] ")
 
 
 def _untimed(line: str) -> str:

@@ -39,6 +39,7 @@ _GUIDS = {
     "MEMATTR": EFI_MEMORY_ATTRIBUTES_TABLE_GUID,
     "Unaccepted": LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID,
 }
+_ACPI_LINE = re.compile(r"ACPI: ([A-Z0-9]{4}) 0x([0-9A-F]{16}) ([0-9A-F]{6})")
 _CPUID_LA57, _CPUID_GBPAGES = 1 << 16, 1 << 26
 _EFI32 = int.from_bytes(b"EL32", "little")
 
@@ -149,9 +150,6 @@ def _memory_attributes(capture: Capture) -> bytes:
         if found:
             return struct.pack("<IIII", 1, (int(found[2], 16) + 1 - int(found[1], 16) - 16) // 48, 48, 0)
     return struct.pack("<IIII", 1, 0, 48, 0)
-
-
-_ACPI_LINE = re.compile(r"ACPI: ([A-Z0-9]{4}) 0x([0-9A-F]{16}) ([0-9A-F]{6})")
 
 
 def _put_acpi(capture: Capture, physical: PhysicalMemory, params: GuestRecord) -> None:

@@ -16,6 +16,8 @@ from tools.captures.compare import Difference, Row, compare_lines
 from tools.captures.machine import image_size, machine_of
 from tools.captures.zones import compare_zones
 
+_PANIC = "Kernel panic - not syncing: "
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -50,9 +52,6 @@ def compare(capture: Capture, ours: Replay) -> Iterator[Row]:
     if theirs or ours.panic:
         differs = theirs != (ours.panic or "")
         yield Row("panic", 1, (Difference(ours.panic or "", theirs),) if differs else ())
-
-
-_PANIC = "Kernel panic - not syncing: "
 
 
 def _memory_total(capture: Capture, ours: Replay) -> Row:

@@ -28,6 +28,7 @@ from tools.captures.zoneinfo import CapturedZone, parse_zoneinfo
 _FREED = re.compile(r"Freeing (SMP alternatives|initrd|unused [\w ]+(?:\([\w/ ]+\))?) memory: (\d+)K$")
 _BEFORE = "SMP alternatives"
 """What is freed before the kernel sets its watermarks."""
+_PLUGGED = "memory that was plugged in, or taken over by a driver, after the boot"
 _EFI_FREED = re.compile(r"Freeing EFI boot services memory: (\d+)K$")
 
 
@@ -121,9 +122,6 @@ def _managed(
             Difference(f"{_name(zone)} managed {managed}", f"{_name(zone)} managed {zone.managed}", cause)
         )
     return Row("zones: managed", len(captured), tuple(differences))
-
-
-_PLUGGED = "memory that was plugged in, or taken over by a driver, after the boot"
 
 
 def _plugged(

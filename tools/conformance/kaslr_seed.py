@@ -12,8 +12,7 @@ from bootstub.kaslr import MIX_CONSTANT
 from bootstub.kernel_layout import LOAD_PHYSICAL_ADDR
 from firmware.efi_types import EfiMemoryAttribute, EfiMemoryType
 from firmware.memory_descriptor import MemoryDescriptor
-from guest.registers import MASK64
-from guest.units import DIV_ROUND_UP, round_up
+from guest.units import DIV_ROUND_UP, U64_MAX, round_up
 
 _FREE = (EfiMemoryType.EfiConventionalMemory, EfiMemoryType.EfiUnacceptedMemoryType)
 
@@ -25,9 +24,9 @@ def tsc_for(seed: int, wanted: int) -> int:
     carry that gets lost.
     """
     for carry in (1, 0):
-        mixed = (wanted + carry) * pow(MIX_CONSTANT, -1, MASK64) % MASK64
-        low, high = mixed * MIX_CONSTANT & MASK64, mixed * MIX_CONSTANT >> 64
-        if low + high & MASK64 == wanted:
+        mixed = (wanted + carry) * pow(MIX_CONSTANT, -1, U64_MAX) % U64_MAX
+        low, high = mixed * MIX_CONSTANT & U64_MAX, mixed * MIX_CONSTANT >> 64
+        if low + high & U64_MAX == wanted:
             return seed ^ mixed
     raise ValueError(f"no TSC for the random number {wanted:#x}")
 

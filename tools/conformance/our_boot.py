@@ -20,20 +20,26 @@ from firmware.tables import EFI_CONFIGURATION_TABLE, EFI_SYSTEM_TABLE
 from guest.machine import Machine
 from guest.records import GuestRecord, field_extents
 from guest.trace import Print
-from guest.units import PAGE_SHIFT, PAGE_SIZE, SZ_1M
+from guest.units import PAGE_SHIFT, PAGE_SIZE
 from kernel.kernel import Kernel
 from kernel.mm_init import mm_init
 from kernel.setup_arch import setup_arch
 from kernel.version import V6_12
 from tdx.guest import tdx_accept_memory
-from tdx.module import TdConfig
 from tools.conformance.left_out import LeftOut
-from tools.conformance.recorded_td import NO_MCE_MCA_APIC, RecordedTd
+from tools.conformance.recorded_td import RecordedTd
 from tools.conformance.stub import first_difference
 
 _LOADER_PAGES = 5
 """boot_params, command line, memory map (two pages), system table: what the stub has in EfiLoaderData."""
-_CONFIG = TdConfig(gpaw=40, sept_ve_disable=False, flexible_pending_ve=True)
+_MEMBLOCK = {"memblock_alloc_range_nid", "memblock_double_array"}
+"""Callers of accept_memory() that are memblock's."""
+_TOLERANCE = 0.05
+_CALLS_BEFORE_WATERMARKS, _CALLS_PER_SECTION = 65, 0.9
+"""Order-0 requests between page_alloc_init_late() and init_per_zone_wmark_min(), each of which accepts a block: fitted
+to the recorded boots. Those for each section of 128 MiB are for its device in /sys (memory_dev_init())."""
+_FIRST_SECTION_BLOCKS = 32
+"""Blocks of the first section of a zone, which wait for nobody: all are accepted before deferred pages are freed."""
 
 
 def compare(case: dict[str, Any]) -> list[str]:
@@ -53,14 +59,6 @@ def compare(case: dict[str, Any]) -> list[str]:
     far = abs(accepted - theirs) > theirs * _TOLERANCE
     pairs["accepted at /init, KiB"] = (accepted, theirs) if far else (0, 0)
     return [f"{name}: {first_difference(ours, theirs)}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-
-
-_TOLERANCE = 0.05
-_CALLS_BEFORE_WATERMARKS, _CALLS_PER_SECTION = 65, 0.9
-"""Order-0 requests between page_alloc_init_late() and init_per_zone_wmark_min(), each of which accepts a block: fitted
-to the recorded boots. Those for each section of 128 MiB are for its device in /sys (memory_dev_init())."""
-_FIRST_SECTION_BLOCKS = 32
-"""Blocks of the first section of a zone, which wait for nobody: all are accepted before deferred pages are freed."""
 
 
 def _accepted_at_init(kernel: Kernel, case: dict[str, Any], pending: list[list[int]]) -> tuple[int, int]:
@@ -88,16 +86,9 @@ def _unaccepted(kernel: Kernel) -> int:
     return sum(zone.nr_unaccepted for zone in kernel.allocator.zones) << PAGE_SHIFT - 10
 
 
-_MEMBLOCK = {"memblock_alloc_range_nid", "memblock_double_array"}
-
-
 def _run(case: dict[str, Any]) -> tuple[Kernel, list[str], list[list[int]]]:
     """Run the stages; the kernel, its log, and what is not accepted then."""
-    td = RecordedTd(
-        [MemoryDescriptor(*fields) for fields in case["descs"]], case["tdx_max_level"], hidden=NO_MCE_MCA_APIC,
-        config=_CONFIG,
-    )  # fmt: skip
-    td.add_memory([(0, SZ_1M)])
+    td = RecordedTd.of_boot(case)
     machine = td.machine
     descriptors = [MemoryDescriptor(*fields) for fields in case["map_at_exit"]]
     _leave_as_the_stub(machine, case, descriptors)

@@ -19,24 +19,20 @@ from cpu.initrd import MEMINFO, build_initrd
 from cpu.postmortem import guess_callers
 from cpu.run import RealCode, RunOptions
 from cpu.symbols import Symbols, read_kallsyms
-from firmware.memory_descriptor import MemoryDescriptor
 from guest.errors import GuestPanic
 from guest.trace import Print, Record
-from guest.units import SZ_1M, SZ_64K
+from guest.units import SZ_64K
 from tdx.events import TdCall
 from tdx.instructions import Instructions
-from tdx.module import TdConfig
 from tools.conformance.record_stub import config_tables, map_rows
 from tools.conformance.recorded_firmware import start_firmware
-from tools.conformance.recorded_td import NO_MCE_MCA_APIC, RecordedTd
+from tools.conformance.recorded_td import RecordedTd
 from tools.conformance.unaccepted_table import read_table
 from tools.report import ACCEPT
 
 SET_UP = ("id", "name", "cmdline", "descs", "tdx_max_level", "until")
 """Fields of a case that say what is run; the others say what came of it. ``until``: see ``cpu.run.RunOptions``."""
 TIMEOUT_INSTRUCTIONS = 1 << 33
-_CONFIG = TdConfig(gpaw=40, sept_ve_disable=False, flexible_pending_ve=True)
-"""The recorded TD. The emulated processor has 40 bits of physical address."""
 _INITRD_SIZE = SZ_64K // 4
 """Bytes of the recorded initrd, whole pages. The kernel passes over zeros behind an archive."""
 _PIC_MASKS = (0x21, 0xA1)
@@ -63,13 +59,11 @@ def record(case: dict[str, Any], image: bytes) -> dict[str, Any]:
 
 class _Run:
     def __init__(self, case: dict[str, Any], image: bytes) -> None:
-        descriptors = [MemoryDescriptor(*fields) for fields in case["descs"]]
-        self._td = RecordedTd(descriptors, case["tdx_max_level"], hidden=NO_MCE_MCA_APIC, config=_CONFIG, tsc0=0)
-        self._td.add_memory([(0, SZ_1M)])  # where the kernel looks for tables of a BIOS
+        self._td = RecordedTd.of_boot(case)
         machine = self._td.machine
         machine.trace.stage = _STUB
         initrd = build_initrd().ljust(_INITRD_SIZE, b"\0")
-        self._services, self._loaded = start_firmware(self._td, case, image, initrd)
+        self._services, _ = start_firmware(self._td, case, image, initrd)
         options = RunOptions(until=case.get("until"), timeout=TIMEOUT_INSTRUCTIONS)
         self._code = RealCode(machine, self._td.physical, image, options)
         self._code.devices.latches |= dict.fromkeys(_PIC_MASKS, 0xFF)

@@ -15,6 +15,7 @@ from guest.memory import PhysicalMemory
 from guest.ranges import RangeSet
 from guest.registers import Registers
 from guest.trace import Trace
+from guest.units import SZ_1M
 from tdx.cpuid import TSC_HZ
 from tdx.events import TdCall
 from tdx.leaves import Leaf, SubFunction
@@ -29,6 +30,8 @@ NO_RDRAND, NO_MCE_MCA_APIC = (1 << 30, 0), (1 << 21 | 1 << 24, 1 << 7 | 1 << 14 
 """Features to hide: bits of ECX and EDX of CPUID 1. An APIC shows in three: as such, as x2APIC, by its TSC deadline."""
 _TSC_STEP = 1000
 _CONFIG = TdConfig()
+_BOOT_CONFIG = TdConfig(gpaw=40, sept_ve_disable=False, flexible_pending_ve=True)
+"""The TD of recorded boots. The emulated processor has 40 bits of physical address."""
 _TSC0 = 0x1234_5678_9ABC
 """Where the TSC begins in cases that do not say it."""
 
@@ -47,10 +50,10 @@ def _vmcall_name(regs: Registers) -> str:
 
 
 class RecordedModule(TdxModule):
-    """Our TDX module where the recorded one differs: 1 GiB pages, and a processor that tells its frequency (CPUID 0x16)
-    and has the features of ``hidden`` less.
+    """Our TDX module where the recorded one differs.
 
-    It keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
+    There are 1 GiB pages; the processor tells its frequency (CPUID 0x16) and has the features of ``hidden`` less. It
+    keeps what it is asked: ``cpuids`` by leaf, and in ``calls`` all TDCALLs but accepts, with their operands.
     """
 
     def __init__(
@@ -139,6 +142,14 @@ class RecordedTd:
         self.machine = Machine.build(self.physical, self.module, self.trace, clock)
         self._tsc, self._noise = tsc0, 1
         self.rdtscs = 0
+
+    @classmethod
+    def of_boot(cls, case: dict[str, Any]) -> RecordedTd:
+        """The TD of a recorded boot to user space; below 1 MiB the kernel looks for tables of a BIOS."""
+        descriptors = [MemoryDescriptor(*fields) for fields in case["descs"]]
+        td = cls(descriptors, case["tdx_max_level"], tsc0=0, hidden=NO_MCE_MCA_APIC, config=_BOOT_CONFIG)
+        td.add_memory([(0, SZ_1M)])
+        return td
 
     def add_memory(self, ranges: Iterable[tuple[int, int]], but: RangeSet | None = None) -> None:
         """Let the guest use ``ranges`` without ``but`` from the start."""
