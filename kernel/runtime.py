@@ -137,7 +137,7 @@ class Shell:
         if node is not None and node not in nodes:
             raise FormatError(
                 f"node {node}", found="no such node", expected=f"one of {', '.join(map(str, nodes))}",
-                source="boot --script help",
+                source="unaccepted boot --script help",
             )  # fmt: skip
 
     def _free(self, command: Command) -> None:
