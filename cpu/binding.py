@@ -160,7 +160,8 @@ class Engine:
         self.uc.ctl_set_cpu_model(self.const.UC_CPU_X86_SKYLAKE_SERVER)  # pages of 1 GiB, SMEP, SMAP
         self.state = CpuState(find_register(self.uc, self.const.UC_X86_REG_R15) - _REGS - 15 * 8)
         self._random = RandomNumbers(seed)
-        self._callbacks: list[object] = []
+        self._hooks: list[object] = []
+        """What the library calls: it must live as long as the engine."""
 
     def run(self, rip: int) -> None:
         """Run from ``rip`` until a hook stops the engine. What a hook raised comes out here."""
@@ -214,14 +215,16 @@ class Engine:
         The binding has such hooks for CPUID only; the library treats the three alike.
         """
         function = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p)(self.guarded(callback))
-        self._callbacks.append(function)
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
-        self.hook_native(self.unicorn.UC_HOOK_INSN, address, 0, instruction)
+        self.hook_native(function, self.unicorn.UC_HOOK_INSN, address, 0, instruction)
 
     def hook_native(
-        self, kind: int, function: int, user_data: int, *arguments: int, begin: int = 1, end: int = 0
+        self, owner: object, kind: int, function: int, user_data: int, *arguments: int, begin: int = 1, end: int = 0
     ) -> None:
-        """Hook the machine code at ``function``; see uc_hook_add() in unicorn.h. It is for all addresses by default."""
+        """Hook the machine code at ``function``; see uc_hook_add() in unicorn.h. It is for all addresses by default.
+
+        The code and ``user_data`` belong to ``owner``, which the engine keeps.
+        """
         from unicorn.unicorn_py3.unicorn import uclib
 
         handle = ctypes.c_size_t()
@@ -231,6 +234,7 @@ class Engine:
         )  # fmt: skip
         if status != self.unicorn.UC_ERR_OK:
             raise EngineError(f"unicorn: hook of kind {kind} refused with status {status}")
+        self._hooks.append(owner)
 
 
 def self_test() -> None:

@@ -67,7 +67,7 @@ class InstructionCounter:
         self._slow = _TICK(engine.guarded(self._on_limit))
         slow = ctypes.cast(self._slow, ctypes.c_void_p).value or 0
         self._cells = (ctypes.c_uint64 * 5)(0, interval, interval, slow, engine.state.rflags_address)
-        engine.hook_native(engine.unicorn.UC_HOOK_BLOCK, code, ctypes.addressof(self._cells))
+        engine.hook_native(self, engine.unicorn.UC_HOOK_BLOCK, code, ctypes.addressof(self._cells))
 
     @property
     def count(self) -> int:

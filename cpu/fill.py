@@ -50,7 +50,9 @@ class Fills:
         self._cells = (ctypes.c_uint64 * 3)(ctypes.addressof(state.regs), LARGE, slow or 0)
         self._page, code = machine_code(_CODE)
         linear = START_KERNEL_MAP + va + at
-        engine.hook_native(engine.unicorn.UC_HOOK_CODE, code, ctypes.addressof(self._cells), begin=linear, end=linear)
+        engine.hook_native(
+            self, engine.unicorn.UC_HOOK_CODE, code, ctypes.addressof(self._cells), begin=linear, end=linear
+        )
 
     def _on_large(self) -> None:
         regs = self._vcpu.state.regs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_each_instruction_counts(at: int, rounds: int) -> None:
     assert counted.count == 2 * rounds + 2
     made.run(at)
     assert counted.count == 2 * (2 * rounds + 2)
+
+
+def test_a_counter_lives_as_long_as_its_engine() -> None:
+    """The engine calls a counter that nobody else holds any more."""
+    ticks: list[int] = []
+    made = engine(1000, 0)
+    InstructionCounter(made, 100, lambda: ticks.append(1))
+    gc.collect()
+    made.run(0)
+    assert len(ticks) == 20
 
 
 def test_ticks() -> None:
