@@ -39,6 +39,8 @@ _MAX_MAP_SIZE = 1 << 24
 _KERN_ERR, _KERN_WARNING, _KERN_INFO = 3, 4, 6
 _PRINT_PIECE = 96
 """Characters that one OutputString() gets: what the scratch has room for."""
+_PRINTF_BUF = 256
+"""Bytes of efi_printk()'s buffer, the last of them NUL."""
 EFI_BOOT_MEMMAP = struct.Struct("<QQI4xQQ")
 """struct efi_boot_memmap before its descriptors: map_size, desc_size, desc_ver, map_key, buff_size."""
 
@@ -218,7 +220,7 @@ class EfiCalls:
         """efi_info()."""
         self._print(_KERN_INFO, text)
 
-    def warn(self, text: str, end: str = "\r\n") -> None:
+    def warn(self, text: str, end: str = "\n") -> None:
         """efi_warn()."""
         self._print(_KERN_WARNING, f"WARNING: {text}", end)
 
@@ -226,15 +228,15 @@ class EfiCalls:
         """efi_err()."""
         self._print(_KERN_ERR, f"ERROR: {text}")
 
-    def _print(self, level: int, text: str, end: str = "\r\n") -> None:
-        """efi_printk(): a line on the console, if its level is below ``loglevel``."""
+    def _print(self, level: int, text: str, end: str = "\n") -> None:
+        """efi_printk(): a line on the console, if its level is below ``loglevel``; a long one is cut."""
         if level >= self.loglevel:
             return
         console = self.system_table["ConOut"]
         if not console:
             return
         output = GuestRecord(self.memory, console, EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL)["OutputString"]
-        line = f"EFI stub: {text}{end}"
+        line = f"EFI stub: {_cut(text + end)}".replace("\n", "\r\n")
         for at in range(0, len(line), _PRINT_PIECE):
             piece = self.bytes_at_scratch((line[at : at + _PRINT_PIECE] + "\0").encode("utf-16-le"))
             self._machine.call(output, console, piece)
@@ -292,3 +294,11 @@ class _MapAnswer:
 def _check(status: int) -> None:
     if status != EfiStatus.EFI_SUCCESS:
         raise EfiError(status)
+
+
+def _cut(text: str) -> str:
+    """What efi_printk()'s buffer keeps of ``text``, in UTF-8; half a surrogate pair is U+FFFD."""
+    line = text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace").encode()
+    if len(line) < _PRINTF_BUF:
+        return line.decode()
+    return line[: _PRINTF_BUF - 1].decode(errors="ignore") + "[Message truncated]\n"

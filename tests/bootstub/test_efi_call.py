@@ -7,7 +7,7 @@ import pytest
 from bootstub.efi_call import EfiCalls, EfiError
 from firmware.efi_types import EFI_LOAD_FILE2_PROTOCOL_GUID, LINUX_EFI_BOOT_MEMMAP_GUID, EfiMemoryType
 from guest.errors import GuestPanic
-from guest.trace import ServiceCall
+from guest.trace import Print, ServiceCall
 
 LOADER_DATA, ACPI_RECLAIM = EfiMemoryType.EfiLoaderData, EfiMemoryType.EfiACPIReclaimMemory
 INVALID_PARAMETER, UNSUPPORTED, OUT_OF_RESOURCES = 1 << 63 | 2, 1 << 63 | 3, 1 << 63 | 9
@@ -134,3 +134,20 @@ def test_boot_services_are_gone_after_exit(boot, efi):
     assert efi.runtime("GetVariable", 0, 0, 0, 0, 0) == INVALID_PARAMETER
     with pytest.raises(GuestPanic, match="boot service AllocatePool called after ExitBootServices"):
         efi.allocate_pool(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("n" * 247, "ERROR: " + "n" * 247),
+        ("n" * 248, "ERROR: " + "n" * 248 + "[Message truncated]"),
+        ("n" * 999, "ERROR: " + "n" * 248 + "[Message truncated]"),
+        ("\u20ac" * 83, "ERROR: " + "\u20ac" * 82 + "[Message truncated]"),
+        ("half \ud800", "ERROR: half \ufffd"),
+    ],
+    ids=["fits", "one too long", "long", "UTF-8 of three bytes", "half a pair"],
+)
+def test_a_long_line_is_cut(boot, efi, text, line):
+    """Of a message 255 bytes are printed, its line end among them."""
+    efi.error(text)
+    assert [r.event.text for r in boot.trace.records if isinstance(r.event, Print)][-1] == f"EFI stub: {line}"
