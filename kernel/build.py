@@ -22,6 +22,9 @@ class KernelBuild:
     parallel memory acceptance"); without it, it accepts as v9 does."""
     overlap_fix: bool = True
     """Ranges in flight that only touch do not wait for each other (commit 01b1e3ca0e5c)."""
+    early_accept: bool = True
+    """mainline accepts a block at each look at a zone while watermarks are 0 (commit 800f1059c99e, "mm/page_alloc: fix
+    memory accept before watermarks gets initialized")."""
     queued_spinlocks: bool = False
     """A spinlock goes to the CPU that has waited longest; without it to any, as the test-and-set lock of a guest does
     (arch/x86/include/asm/qspinlock.h, virt_spin_lock())."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bootstub.boot_params import BOOT_PARAMS, BOOT_PARAMS_SIZE, e820_table_of
 from bootstub.cmdline import COMMAND_LINE_SIZE
@@ -153,8 +153,10 @@ class Kernel:
 
     @property
     def mm_rules(self) -> MmRules:
-        """The rules of the page allocator of this version."""
-        return self.version.mm_rules
+        """The rules of the page allocator of this version and build."""
+        rules = self.version.mm_rules
+        early = rules.accepts_before_watermarks and self.build.early_accept
+        return replace(rules, accepts_before_watermarks=early)
 
     @property
     def max_arch_pfn(self) -> int:

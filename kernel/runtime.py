@@ -58,7 +58,7 @@ def script_help() -> str:
 
 
 class Shell:
-    """Runs commands on a kernel after mm-init; making one runs the first initcalls.
+    """Runs commands on a kernel after mm-init.
 
     ``plug(start, end)`` makes the host add RAM; ``seed`` decides the order of CPUs that work side by side.
     """
@@ -68,18 +68,16 @@ class Shell:
         if allocator is None:
             raise ValueError("runtime before mm-init")
         cpus = _bring_up_cpus(kernel, allocator, seed)
-        sysctl = Sysctl(allocator, cpus)
-        hugetlb_init(kernel, allocator)
-        if kernel.hugetlb_gigantic:
-            sysctl.setup_per_zone_wmarks()  # khugepaged comes later
+        self._had_initcalls = False
         self.running = RunningKernel(
-            kernel, allocator, cpus, sysctl, PageRequests(allocator),
+            kernel, allocator, cpus, Sysctl(allocator, cpus), PageRequests(allocator),
             PageCache(allocator, touch=lambda pfn: kernel.machine.memory.clear(PFN_PHYS(pfn), PFN_PHYS(pfn + 1))),
             Tracing(kernel.machine.trace, cpus), tdx_guest_detected(kernel.machine), plug,
         )  # fmt: skip
         self.blocks: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         """Allocated blocks by name, without one by order: first page and order of each."""
         self._verbs: dict[str, Callable[[Command], None]] = {
+            "initcalls": lambda command: self._initcalls(),
             "alloc": self._alloc,
             "free": self._free,
             "cache": self._take,
@@ -100,11 +98,24 @@ class Shell:
         return self.running.cpus
 
     def run(self, commands: Iterable[Command]) -> None:
-        """Run them in order. What ends the guest is raised."""
+        """Run them in order, behind the first initcalls unless these are among them. What ends the guest is raised."""
+        commands = list(commands)
+        if not any(command.verb == "initcalls" for command in commands):
+            self._initcalls()
         for command in commands:
             self.cpus.idle()
             self.running.cache.new_command()
             self._verbs[command.verb](command)
+
+    def _initcalls(self) -> None:
+        """Once: watermarks, huge pages, and the watermarks again, as khugepaged comes later."""
+        if self._had_initcalls:
+            return
+        self._had_initcalls, kernel = True, self.running.kernel
+        self.running.sysctl.init_per_zone_wmark_min()
+        hugetlb_init(kernel, self.running.allocator)
+        if kernel.hugetlb_gigantic:
+            self.running.sysctl.setup_per_zone_wmarks()
 
     # Allocations.
 

@@ -28,6 +28,8 @@ exit NAME                    it ends
 kswapd [NODE]                wake kswapd of a node: it reclaims until a zone is above its high watermark
 on cpu[s] LIST cache ...     from the memory of that CPU's node
 on cpu[s] LIST run ...
+initcalls                    the first initcalls; what stands above this line runs before them, while all watermarks
+                             are 0 (without such a line they come before everything)
 sleep TIME                   let virtual time pass: 10ms, 2s, 500us
 cat PATH                     print a file of /proc or /sys
 echo TEXT > PATH             write to a file of /proc/sys or /sys
@@ -95,6 +97,7 @@ class ScriptSyntax:
             "run": _run,
             "exit": lambda words: Command("exit", name=words[0]) if len(words) == 1 and _is_name(words[0]) else None,
             "kswapd": _kswapd,
+            "initcalls": lambda words: None if words else Command("initcalls"),
             "sleep": _sleep,
             "cat": self._cat,
             "echo": self._echo,

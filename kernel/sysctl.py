@@ -39,12 +39,12 @@ class Sysctl:
         self.min_free_kbytes = 0
         self.watermark_scale_factor = WATERMARK_SCALE_FACTOR
         self._user_min_free_kbytes = -1
-        self.init_per_zone_wmark_min()
 
     def init_per_zone_wmark_min(self) -> None:
         """Watermarks and reserves from the managed pages of now, unless the user has set a larger minimum.
 
-        The first initcalls do this, and it is done again when memory is added. khugepaged's part is included.
+        One of the first initcalls does this; until then all watermarks are 0. It is done again when memory is added.
+        khugepaged's part is included.
         """
         managed = sum(zone.managed_pages for zone in self._zones)
         computed = self._allocator.init_per_zone_wmark_min(transparent_hugepage=managed >= THP_MIN_PAGES)

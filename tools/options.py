@@ -298,7 +298,8 @@ OPTIONS = (
     ),
     Option(
         "knob", "NAME=off", "leave a protection out of our kernel, can be repeated: zeropad-guard, accept-exclusion, "
-        "reader-filter, strict-devmem, ranges-in-flight, overlap-fix; queued-spinlocks=on", "build", _knobs, many=True,
+        "reader-filter, strict-devmem, ranges-in-flight, overlap-fix, early-accept; queued-spinlocks=on",
+        "build", _knobs, many=True,
     ),
     Option(
         "fault", "KIND[:ARG][@WHEN,...]",

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bootstub.protocol import MAINLINE, V9
+from kernel.build import KernelBuild
 from kernel.events import Allocation, CommandResult, EndlessReclaim, FileRead, FileWrite, OutOfMemory, Taken
 from kernel.runtime import Shell, parse_script
 from tdx.machine_type import MachineType
@@ -206,6 +207,31 @@ def test_out_of_memory(ran, protocol):
     assert int(meminfo["AnonPages:"]) == 16 * 1024 == 4 * int(vmstat["nr_anon_pages"])
     assert meminfo["Cached:"] == meminfo["Inactive(file):"] == str(4 * int(vmstat["nr_zone_inactive_file"]))
     assert boot.kernel.allocator.nr_in_use() == int(vmstat["nr_file_pages"])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "build", "killed"),
+    [(V9, KernelBuild(), False), (MAINLINE, KernelBuild(), False), (MAINLINE, KernelBuild(early_accept=False), True)],
+    ids=["v9", "mainline", "mainline without the fix"],
+)
+def test_premature_out_of_memory(ran, protocol, build, killed):
+    """Before the first initcalls, while watermarks are 0, "enough" was always true: a process died of it."""
+    script = "run early 200M\ncat /proc/zoneinfo\ninitcalls\ncat /proc/zoneinfo\nexit early\nrun late 200M\n"
+    machine = MachineType(max_ram_below_4g=256 * MIB)
+    boot, events = ran(script, protocol=protocol, build=build, memory=512 * MIB, machine=machine)
+    kills = [event for event in taken(boot) if isinstance(event, OutOfMemory)]
+    early, late = (event for event in taken(boot) if isinstance(event, Taken))
+    assert (early.killed, late.killed) == (killed, False)
+    assert [kill.unaccepted_pages > 50_000 for kill in kills] == [True] * killed
+    highs = [re.findall(r"^        high +(\d+)$", event.text, re.MULTILINE) for event in events]
+    assert set(highs[0]) == {"0"}
+    assert "0" not in highs[1][:3]
+
+
+def test_initcalls_come_once_and_first(ran):
+    """Without the line the watermarks are there from the start; a second line does nothing."""
+    before, after = (ran(f"{lines}cat /proc/zoneinfo\n")[1] for lines in ("", "initcalls\ninitcalls\n"))
+    assert before == after != []
 
 
 def test_processes_on_cpus(ran):
