@@ -10,6 +10,9 @@ Wrong use of our own functions is a plain ``ValueError``.
 
 from __future__ import annotations
 
+_QUOTED = 500
+"""Characters of a part of the input that a message has."""
+
 
 class BootError(Exception):
     """Base class of everything that ends a boot or refuses an input; never raised itself."""
@@ -18,13 +21,14 @@ class BootError(Exception):
 class FormatError(BootError):
     """Bytes that do not follow their layout or specification.
 
-    ``at`` is the offset or guest physical address of the first byte in question, None where there is no such.
+    ``at`` is the offset or guest physical address of the first byte in question, None where there is no such. The
+    message has only the start of ``what`` and ``found`` if they are long.
     """
 
     def __init__(self, what: str, *, at: int | None = None, found: object, expected: object, source: str) -> None:
         self.what, self.at, self.found, self.expected, self.source = what, at, found, expected, source
-        where = what if at is None else f"{what} at {at:#x}"
-        super().__init__(f"{where}: found {found}, expected {expected} [{source}]")
+        where = _short(what) if at is None else f"{_short(what)} at {at:#x}"
+        super().__init__(f"{where}: found {_short(str(found))}, expected {expected} [{source}]")
 
 
 class MemoryFault(BootError):
@@ -58,3 +62,7 @@ class Violation(BootError):
     def __init__(self, stage: str, rule: str, text: str) -> None:
         self.stage, self.rule, self.text = stage, rule, text
         super().__init__(f"{stage}: {text}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}... ({len(text)} characters)"

@@ -14,6 +14,7 @@ from firmware.hob import EFI_HOB_TYPE_RESOURCE_DESCRIPTOR, resource_of, walk_hob
 from firmware.tdvf import parse_tdvf
 from guest.errors import BootError
 from tests.fuzz import seeds
+from tests.refusals import check_refusal
 from tools import dump_boot_params, dump_hob, dump_kernel, dump_tdvf
 from tools.kernel_image import KernelImage
 from tools.maps import write
@@ -37,12 +38,16 @@ class Target:
     share: float
 
     def run(self, data: bytes) -> bool:
-        """Give ``data`` to every reader; True if none refused it. Anything but a ``BootError`` gets out."""
+        """Give ``data`` to every reader; True if none refused it.
+
+        Anything but a ``BootError`` with words, and not too many, gets out.
+        """
         sound = True
         for reader in self.readers:
             try:
                 reader(data)
-            except BootError:
+            except BootError as error:
+                check_refusal(error)
                 sound = False
         return sound
 

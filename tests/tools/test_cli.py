@@ -104,14 +104,17 @@ def test_option_with_a_value_that_it_does_not_have(refused, words, text):
         ("--config", b"colour = 'red'", "key 'colour'"),
         ("--config", b"memory = 4", "expected a string"),
         ("--config", b"memory = '4G", "expected TOML"),
+        ("--config", b"memory = '" + b"9" * 100_000 + b"'", "99... (100002 characters), expected"),
+        ("--config", b"k" * 100_000 + b" = 'red'", "kk... (100006 characters)"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_file_with_wrong_contents(refused, file, tmp_path, option, contents, text):
-    """It is refused with the place in the file; nothing unprintable reaches the terminal."""
+    """It is refused with the place in the file; nothing unprintable reaches the terminal, and no endless line."""
     message = refused("boot", option, file("input", contents), "--save", tmp_path / "save")
     assert text in message
     assert message.isprintable()
+    assert len(message) < 1500
     assert not (tmp_path / "save").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -18,8 +17,9 @@ from bootstub.sample_kernel import sample_bzimage
 from bootstub.setup_data import SETUP_DATA
 from firmware.memory_descriptor import MemoryDescriptor, pack_map
 from firmware.srat import NodeRange
-from guest.errors import BootError, FormatError
+from guest.errors import FormatError
 from guest.records import field_extents
+from tests.refusals import value_or_refusal
 from tools.maps.dmesg import E820_LINES, EFI_LINES
 from tools.maps.platform_map import PlatformMap, e820_map, efi_map, mark_unaccepted
 from tools.maps.source import SourceOptions, boot_descriptors, parse_bytes, parse_text, read_map
@@ -387,7 +387,7 @@ def test_what_is_no_map(text, where, found):
 def test_random_bytes(data, stride):
     """Any bytes are a map or are refused, with or without the start of a form that is known."""
     for prefix in (b"", b"\x1f\x8b", b"BIOS-e820: [mem 0x0", b"[[e820]]\n", b"memmap=exactmap,"):
-        with contextlib.suppress(BootError):
+        with value_or_refusal():
             parse_bytes(prefix + data, "random", stride)
 
 
@@ -405,7 +405,7 @@ def test_random_bytes(data, stride):
 )  # fmt: skip
 def test_random_descriptions(data):
     """Any structure of the right shape is a map that can be written, or is refused."""
-    with contextlib.suppress(BootError):
+    with value_or_refusal():
         platform = parse_text(json.dumps(data), "random")
         for write in WRITERS.values():
             assert write(platform) is not None
