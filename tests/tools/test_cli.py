@@ -71,7 +71,8 @@ def test_directory_that_is_no_file(refused, tmp_path, option, text):
 def test_memory_that_is_none(refused, tmp_path, memory):
     """A size that no guest can have is refused before anything runs."""
     text = refused("boot", f"--memory={memory}", "--save", tmp_path / "save")
-    assert text.startswith(f"--memory: found {memory!r}, expected whole 4 KiB pages")
+    assert text.startswith(f"--memory: found {memory!r}"[:500])
+    assert ", expected whole 4 KiB pages" in text
     assert not (tmp_path / "save").exists()
 
 
